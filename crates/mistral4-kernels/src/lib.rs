@@ -1,0 +1,1 @@
+//! CPU kernels on raw slices: matrix products, experts, attention, norms, losses, optimiser steps.

@@ -1,0 +1,1 @@
+//! Messages and images in, token ids and pixel values out: tokenizer, chat form, image processor.

@@ -1,0 +1,1 @@
+//! Training of Mistral 4: recipes, data, loss, optimiser, checkpoints, metrics.
