@@ -88,7 +88,7 @@ def run_case(binary: Path, fixture: Path) -> bool:
         command = [binary, "forward", "--model", fixture / "model", "--inputs", fixture / "inputs.safetensors"]
         run = subprocess.run([*command, "--outputs", output, *flags], capture_output=True, text=True)
         if run.returncode != 0:
-            print(f"FAIL {fixture.name:34} exit {run.returncode}: {run.stderr.strip().splitlines()[-1:]}")
+            print(f"FAIL {fixture.name:34} exit {run.returncode}: {run.stderr.strip()}")
             return False
         rows = compare(fixture, output)
     failed = [row for row in rows if row.failed]

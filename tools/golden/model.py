@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -59,45 +60,60 @@ def deviation_from_f32(folder: Path, case: Case, inputs, key_of, expected) -> di
     }
 
 
-def write_case(case: Case, root: Path) -> None:
-    """Writes one fixture folder, with the first seed that leaves no choice of experts or tokens open."""
+@dataclass
+class Fixture:
+    """What is written of one case."""
+
+    config: dict
+    stored: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
+    seed: int
+    routing_margin: float
+    greedy_lead: float
+    deviation_from_f32: dict[str, float]
+
+
+def make_fixture(case: Case, scratch: Path) -> Fixture:
+    """The fixture of the first seed that leaves no choice of experts or tokens open."""
     config = case.config()
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    write_checkpoint(scratch, plain, {}, shards=1)
+    shapes = parameter_shapes(scratch)
+    if case.keys == "transformers5":
+        config = plain = json.loads(transformers.AutoConfig.from_pretrained(scratch).to_json_string())
+
+    def key_of(name):
+        return stored_key(name, case.keys if case.multimodal else "text")
+
+    for seed in range(TRIES):
+        tensors, values = store(draw_all(shapes, seed), case.storage)
+        write_checkpoint(scratch, plain, {key_of(name): value for name, value in values.items()}, shards=1)
+        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
+        model = reference.load(scratch, case.policy, case.reference, dtype)
+        inputs = make_inputs(case.prompt, config, seed)
+        margin = reference.routing_margin(model, inputs)
+        if margin < ROUTING_MARGIN[case.dtype]:
+            continue
+        reference.expectations_hold(model, inputs)
+        expected, lead = reference.outputs(model, inputs, key_of, case.gradients, case.greedy)
+        if lead < GREEDY_LEAD:
+            continue
+        deviation = deviation_from_f32(scratch, case, inputs, key_of, expected) if case.dtype == "bf16" else {}
+        stored = {key_of(name): tensor for name, tensor in tensors.items()}
+        return Fixture(config, stored, inputs, expected, seed, margin, lead, deviation)
+    raise RuntimeError(f"{case.name}: no seed below {TRIES} is robust")
+
+
+def write_case(case: Case, root: Path) -> None:
+    """Writes one fixture folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        write_checkpoint(scratch, plain, {}, shards=1)
-        shapes = parameter_shapes(scratch)
-        key_style = case.keys if case.multimodal else "text"
-
-        def key_of(name):
-            return stored_key(name, key_style)
-
-        for seed in range(TRIES):
-            tensors, values = store(draw_all(shapes, seed), case.storage)
-            values = {key_of(name): value for name, value in values.items()}
-            write_checkpoint(scratch, plain, values, shards=1)
-            dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
-            model = reference.load(scratch, case.policy, case.reference, dtype)
-            inputs = make_inputs(case.prompt, config, seed)
-            margin = reference.routing_margin(model, inputs)
-            if margin < ROUTING_MARGIN[case.dtype]:
-                continue
-            reference.expectations_hold(model, inputs)
-            expected, lead = reference.outputs(model, inputs, key_of, case.gradients, case.greedy)
-            if lead > GREEDY_LEAD:
-                deviation = {}
-                if case.dtype == "bf16":
-                    deviation = deviation_from_f32(scratch, case, inputs, key_of, expected)
-                break
-        else:
-            raise RuntimeError(f"{case.name}: no seed below {TRIES} is robust")
-
+        fixture = make_fixture(case, Path(scratch))
     folder = root / case.name
     shutil.rmtree(folder, ignore_errors=True)
-    stored = {key_of(name): tensor for name, tensor in tensors.items()}
-    write_checkpoint(folder / "model", config, stored, case.shards)
-    save_file(inputs, folder / "inputs.safetensors")
-    save_file(expected, folder / "expected.safetensors")
+    write_checkpoint(folder / "model", fixture.config, fixture.stored, case.shards)
+    save_file(fixture.inputs, folder / "inputs.safetensors")
+    save_file(fixture.expected, folder / "expected.safetensors")
     description = {
         "format_version": FORMAT_VERSION,
         "case": case.name,
@@ -106,11 +122,11 @@ def write_case(case: Case, root: Path) -> None:
         "flags": flags(case),
         "dtype": case.dtype,
         "storage": case.storage,
-        "seed": seed,
-        "routing_margin": margin,
-        "greedy_lead": lead if case.greedy else None,
+        "seed": fixture.seed,
+        "routing_margin": fixture.routing_margin,
+        "greedy_lead": fixture.greedy_lead if case.greedy else None,
         "reference": case.reference,
-        "deviation_from_f32": deviation,
+        "deviation_from_f32": fixture.deviation_from_f32,
         "attn_implementation": reference.ATTENTION,
         "experts_implementation": reference.EXPERTS,
         "versions": {
@@ -122,7 +138,7 @@ def write_case(case: Case, root: Path) -> None:
     (folder / "case.json").write_text(json.dumps(description, indent=2) + "\n")
     sizes = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert max(sizes.values()) < LARGEST_FILE, sizes
-    print(f"{case.name}: seed {seed}, margin {margin:.1e}, {sum(sizes.values()) / 1e3:.0f} kB", flush=True)
+    print(f"{case.name}: seed {fixture.seed}, margin {fixture.routing_margin:.1e}, {sum(sizes.values()) / 1e3:.0f} kB", flush=True)
 
 
 def main() -> None:
