@@ -1,0 +1,132 @@
+//! Lines of JSONL files, found once and read when they are needed.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::error::{Error, Result};
+
+/// Longest line, in bytes: a longer one is no row.
+const MAX_LINE: u64 = 1 << 28;
+
+/// Every non-empty line of some JSONL files; a `.json` file that holds one list is one row an element.
+pub(crate) struct JsonlFiles {
+    files: Vec<(PathBuf, Mutex<File>)>,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    file: usize,
+    line: usize,
+    start: u64,
+    length: u64,
+}
+
+/// One row's text and where it stands.
+pub(crate) struct Line {
+    pub(crate) path: PathBuf,
+    pub(crate) number: usize,
+    pub(crate) text: String,
+}
+
+impl Line {
+    pub(crate) fn error(&self, field: impl Into<String>, message: impl Into<String>) -> Error {
+        Error::Row {
+            path: self.path.clone(),
+            line: self.number,
+            field: field.into(),
+            message: message.into(),
+        }
+    }
+
+    /// Reads the row as `T`; the error names the field that does not fit.
+    pub(crate) fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        let mut reader = serde_json::Deserializer::from_str(&self.text);
+        let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+            let field = match error.path().to_string() {
+                path if path == "." || path == "?" => "(row)".to_owned(),
+                path => path,
+            };
+            self.error(field, column_only(&error.into_inner()))
+        })?;
+        reader.end().map_err(|error| self.error("(row)", column_only(&error)))?;
+        Ok(value)
+    }
+}
+
+/// The message with its column; the line it counts is always the row's first.
+fn column_only(error: &serde_json::Error) -> String {
+    error.to_string().replace(" at line 1 column ", " at column ")
+}
+
+impl JsonlFiles {
+    /// Finds the rows of some files.
+    ///
+    /// # Errors
+    /// A file that cannot be read, a line of more than 256 MiB, and files without a single row.
+    pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
+        let mut found = Self { files: Vec::new(), rows: Vec::new() };
+        for path in paths {
+            found.index(path)?;
+        }
+        if found.rows.is_empty() {
+            let path = paths.first().cloned().unwrap_or_default();
+            return Err(Error::Dataset { path, message: "there is no row in it".to_owned() });
+        }
+        Ok(found)
+    }
+
+    fn index(&mut self, path: &Path) -> Result<()> {
+        let failed = |source| Error::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        let mut reader = BufReader::with_capacity(1 << 20, &file);
+        let (mut start, mut line, mut text) = (0, 0, Vec::new());
+        loop {
+            text.clear();
+            let length =
+                (&mut reader).take(MAX_LINE + 1).read_until(b'\n', &mut text).map_err(failed)? as u64;
+            if length == 0 {
+                break;
+            }
+            line += 1;
+            if length > MAX_LINE {
+                let message = format!("line {line} is longer than {MAX_LINE} bytes");
+                return Err(Error::Dataset { path: path.to_owned(), message });
+            }
+            if text.iter().any(|byte| !byte.is_ascii_whitespace()) {
+                self.rows.push(Row { file: self.files.len(), line, start, length });
+            }
+            start += length;
+        }
+        self.files.push((path.to_owned(), Mutex::new(file)));
+        Ok(())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The text of a row.
+    pub(crate) fn line(&self, index: usize) -> Result<Line> {
+        let row = &self.rows[index];
+        let (path, file) = &self.files[row.file];
+        let failed = |source| Error::Read { path: path.clone(), source };
+        let mut bytes = vec![0; row.length as usize];
+        {
+            // A poisoned lock only means that another thread panicked between seek and read; both are redone here.
+            let mut file = file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            file.seek(SeekFrom::Start(row.start)).map_err(failed)?;
+            file.read_exact(&mut bytes).map_err(failed)?;
+        }
+        match String::from_utf8(bytes) {
+            Ok(text) => Ok(Line { path: path.clone(), number: row.line, text: text.trim_end().to_owned() }),
+            Err(_) => Err(Error::Row {
+                path: path.clone(),
+                line: row.line,
+                field: "(row)".to_owned(),
+                message: "not UTF-8 text".to_owned(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! From files to batches: data sets, a seeded and resumable order, padding or packing.
+//!
+//! A [`Dataset`] gives one [`Sample`] for an index; a [`Loader`] decides which indices make a [`Batch`].
+
+mod batch;
+mod jsonl;
+mod loader;
+mod mock;
+mod order;
+mod pretokenized;
+
+use std::sync::Arc;
+
+pub use batch::{Batch, BatchLayout};
+pub use loader::{Loader, LoaderOptions, LoaderState, Skipped, StepBatches};
+pub use mock::MockDataset;
+pub use pretokenized::PretokenizedJsonl;
+
+use crate::error::Result;
+
+/// The label of a position that is not learned.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// One training example.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// Token ids, `[S]`.
+    pub input_ids: Vec<u32>,
+    /// What position `t` should predict, or [`IGNORE_INDEX`], `[S]`.
+    pub labels: Vec<i64>,
+    /// Images in the order of their tokens.
+    pub images: Vec<Arc<SampleImage>>,
+}
+
+/// An image as the vision tower takes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleImage {
+    /// Normalised values, `[3, height, width]`.
+    pub pixel_values: Vec<f32>,
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+}
+
+impl Sample {
+    /// A sample from ids with labels that line up with them: position `t` learns the label of `t + 1`.
+    ///
+    /// # Shapes
+    /// - `input_ids`, `labels`: `[S]`
+    pub fn from_unshifted(input_ids: Vec<u32>, mut labels: Vec<i64>) -> Self {
+        assert_eq!(input_ids.len(), labels.len(), "ids and labels line up");
+        if !labels.is_empty() {
+            labels.rotate_left(1);
+            let last = labels.len() - 1;
+            labels[last] = IGNORE_INDEX;
+        }
+        Self { input_ids, labels, images: Vec::new() }
+    }
+
+    /// Positions that are learned.
+    pub fn num_label_tokens(&self) -> usize {
+        self.labels.iter().filter(|&&label| label != IGNORE_INDEX).count()
+    }
+}
+
+/// Samples by index. The same index always gives the same sample.
+pub trait Dataset: Send + Sync {
+    /// Number of rows, unusable ones included.
+    fn len(&self) -> usize;
+
+    /// Whether there are no rows.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// One sample.
+    ///
+    /// # Errors
+    /// A row that cannot be used, with file, line and field.
+    fn get(&self, index: usize) -> Result<Sample>;
+
+    /// Tokens of a sample; data sets that know it without making the sample say so faster.
+    ///
+    /// # Errors
+    /// As [`Dataset::get`].
+    fn tokens(&self, index: usize) -> Result<usize> {
+        Ok(self.get(index)?.input_ids.len())
+    }
+}

@@ -1,0 +1,215 @@
+//! What can go wrong, with the file, the line and the key where it did.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Where a recipe's value was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// On this line of the recipe, counted from 1.
+    Line(usize),
+    /// In an override on the command line.
+    Override,
+}
+
+/// A place in a recipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Location {
+    /// The recipe's name, as it was given.
+    pub file: Arc<str>,
+    /// Line, or override.
+    pub origin: Origin,
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.origin {
+            Origin::Line(line) => write!(f, "{}:{line}", self.file),
+            Origin::Override => write!(f, "{} (override)", self.file),
+        }
+    }
+}
+
+/// A setting that a recipe may hold but that this build cannot honour.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocker {
+    /// Where it was set.
+    pub location: Location,
+    /// Dotted key.
+    pub key: String,
+    /// The value as written.
+    pub value: String,
+    /// Why it cannot be honoured, and what to do instead.
+    pub reason: String,
+}
+
+impl fmt::Display for Blocker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: `{}: {}`: {}", self.location, self.key, self.value, self.reason)
+    }
+}
+
+/// A closed list of names, and the one that was probably meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcceptedNames {
+    /// Every name on the list.
+    pub names: Vec<String>,
+    /// The name that is spelt most like the one that was written.
+    pub nearest: Option<String>,
+}
+
+/// Everything that can go wrong between a recipe and a batch.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file could not be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The recipe is not YAML, or YAML of a kind that a recipe may not hold.
+    #[error("{location}: {message}")]
+    Yaml {
+        /// Where.
+        location: Location,
+        /// What is wrong.
+        message: String,
+    },
+    /// A recipe holds a key that does not exist.
+    #[error("{location}: unknown key `{key}`{}", did_you_mean(nearest))]
+    UnknownKey {
+        /// Where.
+        location: Location,
+        /// Dotted key.
+        key: String,
+        /// The known key that is spelt most like it.
+        nearest: Option<String>,
+    },
+    /// A `_target_` (or another name from a closed list) is not on the list.
+    #[error(
+        "{location}: `{key}: {value}` is not one of the names that a recipe may use{}; accepted: {}",
+        did_you_mean(&accepted.nearest),
+        accepted.names.join(", ")
+    )]
+    UnknownName {
+        /// Where.
+        location: Location,
+        /// Dotted key.
+        key: String,
+        /// The name.
+        value: String,
+        /// What would be accepted.
+        accepted: Box<AcceptedNames>,
+    },
+    /// A value has the wrong type or range.
+    #[error("{location}: `{key}: {value}`: expected {expected}")]
+    Value {
+        /// Where.
+        location: Location,
+        /// Dotted key.
+        key: String,
+        /// The value as written.
+        value: String,
+        /// What would be accepted.
+        expected: String,
+    },
+    /// A required key is absent.
+    #[error("{file}: the recipe needs `{key}`: {purpose}")]
+    MissingKey {
+        /// The recipe.
+        file: Arc<str>,
+        /// Dotted key.
+        key: String,
+        /// What the key is for.
+        purpose: String,
+    },
+    /// A `${VAR}` names an environment variable that is not set.
+    #[error(
+        "{location}: `{key}` needs the environment variable {variable}, which is not set; set it, or write a default as ${{{variable},default}}"
+    )]
+    MissingVariable {
+        /// Where.
+        location: Location,
+        /// Dotted key.
+        key: String,
+        /// The variable.
+        variable: String,
+    },
+    /// A command-line override cannot be understood.
+    #[error("override `{argument}`: {message}")]
+    Override {
+        /// The argument.
+        argument: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// The recipe is well formed but asks for what this build does not do.
+    #[error("this recipe cannot run here:{}", lines(blockers))]
+    NotRunnable {
+        /// Each setting, with its reason.
+        blockers: Vec<Blocker>,
+    },
+    /// Numbers of a recipe contradict each other.
+    #[error("`{key}: {value}`: {message}")]
+    Inconsistent {
+        /// Dotted key.
+        key: String,
+        /// The value.
+        value: String,
+        /// What contradicts it, with the arithmetic.
+        message: String,
+    },
+    /// A row of a data file is malformed.
+    #[error("{}:{line}: field `{field}`: {message}", path.display())]
+    Row {
+        /// The data file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: usize,
+        /// The field of the row.
+        field: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A data set as a whole cannot be used.
+    #[error("{}: {message}", path.display())]
+    Dataset {
+        /// The data file or folder.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A saved position does not belong to this data.
+    #[error("the saved data position does not fit this run: {field} was {saved}, is {current}")]
+    Resume {
+        /// What differs.
+        field: &'static str,
+        /// Value when saved.
+        saved: String,
+        /// Value now.
+        current: String,
+    },
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean `{name}`?"))
+}
+
+fn lines(blockers: &[Blocker]) -> String {
+    blockers.iter().map(|blocker| format!("\n  {blocker}")).collect()
+}

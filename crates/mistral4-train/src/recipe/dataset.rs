@@ -1,0 +1,438 @@
+//! `dataset`, `dataloader`, `packed_sequence` and their validation twins.
+
+use std::path::PathBuf;
+
+use super::reader::Section;
+use crate::error::Result;
+
+/// What to do with a row that cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// Stop with the file, line and field.
+    #[default]
+    Fail,
+    /// Leave the row out and count it.
+    Skip,
+}
+
+/// `dataset`: where samples come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DatasetConfig {
+    /// Rows `{"input_ids", "labels"}`.
+    PretokenizedJsonl {
+        /// Files.
+        paths: Vec<PathBuf>,
+        /// Whether labels line up with inputs, so that the trainer shifts them.
+        unshifted: bool,
+    },
+    /// Rows of `messages` or ShareGPT `conversations`, with or without images.
+    Chat(ChatDatasetConfig),
+    /// Plain text, cut into blocks of one length.
+    Text(TextDatasetConfig),
+    /// The bundled handwritten digits as image conversations.
+    OptDigits {
+        /// Train or held-out part.
+        split: Split,
+    },
+    /// Random tokens, for benchmarks.
+    Mock {
+        /// Ids are drawn below this.
+        vocab_size: usize,
+        /// Tokens of a sample.
+        seq_len: usize,
+        /// Samples of an epoch.
+        num_samples: usize,
+    },
+    /// A data set of NeMo AutoModel that is fetched from the Hugging Face hub; the report says why it cannot run.
+    Hub(&'static str),
+}
+
+/// A part of a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// For training.
+    Train,
+    /// Held out.
+    Validation,
+}
+
+/// Chat rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatDatasetConfig {
+    /// JSON or JSONL files.
+    pub paths: Vec<PathBuf>,
+    /// Rows `[start, end)` of all rows, from a split such as `train[128:]`.
+    pub rows: (Option<usize>, Option<usize>),
+    /// Rows with more tokens are cut (`truncation`) or refused.
+    pub seq_length: Option<usize>,
+    /// Whether long rows are cut.
+    pub truncation: bool,
+    /// Whether only the last answer is learned.
+    pub mask_history: bool,
+    /// Whether thinking is left out of the loss.
+    pub mask_reasoning_content: bool,
+    /// Folder that image paths are relative to; default the data file's.
+    pub media_dir: Option<PathBuf>,
+}
+
+/// Plain text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TextDatasetConfig {
+    /// Text files; each is one document.
+    pub paths: Vec<PathBuf>,
+    /// Tokens of a block.
+    pub seq_length: usize,
+    /// Which part of the blocks: the last twentieth is held out.
+    pub split: Option<Split>,
+}
+
+/// A data set with what all data sets share.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DatasetSection {
+    /// Where samples come from.
+    pub source: DatasetConfig,
+    /// Tokenizer, where it is not the model's: a folder, a file or a hub id.
+    pub tokenizer: Option<String>,
+    /// What to do with unusable rows.
+    pub on_error: OnError,
+    /// Only the first rows are used.
+    pub limit_dataset_samples: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Target {
+    Pretokenized,
+    Chat,
+    Text,
+    OptDigits,
+    Mock,
+    Hub(&'static str),
+}
+
+const TARGETS: [(&str, Target); 26] = [
+    ("pretokenized_jsonl", Target::Pretokenized),
+    ("nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset", Target::Chat),
+    ("ChatDataset", Target::Chat),
+    ("chat_jsonl", Target::Chat),
+    ("vlm_chat_jsonl", Target::Chat),
+    ("text", Target::Text),
+    ("optdigits", Target::OptDigits),
+    ("nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", Target::Mock),
+    ("MockIterableDataset", Target::Mock),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_medpix_dataset", Target::Hub("medpix")),
+    ("make_medpix_dataset", Target::Hub("medpix")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_rdr_dataset", Target::Hub("rdr")),
+    ("make_rdr_dataset", Target::Hub("rdr")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_cord_v2_dataset", Target::Hub("cord-v2")),
+    ("make_cord_v2_dataset", Target::Hub("cord-v2")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_tulu3_dataset", Target::Hub("tulu3")),
+    ("make_tulu3_dataset", Target::Hub("tulu3")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_unimm_chat_dataset", Target::Hub("unimm-chat")),
+    ("make_unimm_chat_dataset", Target::Hub("unimm-chat")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_meta_dataset", Target::Hub("meta")),
+    ("make_meta_dataset", Target::Hub("meta")),
+    ("nemo_automodel.components.datasets.llm.squad.make_squad_dataset", Target::Hub("squad")),
+    ("make_squad_dataset", Target::Hub("squad")),
+    ("nemo_automodel.components.datasets.llm.hellaswag.HellaSwag", Target::Hub("hellaswag")),
+    (
+        "nemo_automodel.components.datasets.llm.column_mapped_text_instruction_dataset.ColumnMappedTextInstructionDataset",
+        Target::Hub("column-mapped instructions"),
+    ),
+    ("ColumnMappedTextInstructionDataset", Target::Hub("column-mapped instructions")),
+];
+
+const SPLITS: [(&str, Split); 4] = [
+    ("train", Split::Train),
+    ("validation", Split::Validation),
+    ("test", Split::Validation),
+    ("heldout", Split::Validation),
+];
+
+impl DatasetSection {
+    /// Reads `dataset` or a `validation_dataset*`; `None` when the recipe has no such section.
+    pub(crate) fn read(root: &mut Section<'_>, key: &'static str) -> Result<Option<Self>> {
+        let Some(mut s) = root.optional_section(key)? else { return Ok(None) };
+        let Some(target) = s.name("_target_", "the kind of data set", &TARGETS)? else {
+            return Err(s.missing("_target_", "the kind of data set, such as `pretokenized_jsonl`"));
+        };
+        let source = match target {
+            Target::Pretokenized => DatasetConfig::PretokenizedJsonl {
+                paths: paths(&mut s, "path_or_dataset")?,
+                unshifted: s
+                    .bool("unshifted", "labels line up with inputs; they are shifted here")?
+                    .unwrap_or(false),
+            },
+            Target::Chat => DatasetConfig::Chat(read_chat(&mut s)?),
+            Target::Text => DatasetConfig::Text(TextDatasetConfig {
+                paths: paths(&mut s, "path_or_dataset")?,
+                seq_length: match s.count("seq_length", "tokens of a block")? {
+                    Some(length) => length,
+                    None => return Err(s.missing("seq_length", "tokens of a block")),
+                },
+                split: s.name("split", "train, or the last twentieth of the blocks", &SPLITS)?,
+            }),
+            Target::OptDigits => DatasetConfig::OptDigits {
+                split: s
+                    .name("split", "train, or the last fifth of the images", &SPLITS)?
+                    .unwrap_or(Split::Train),
+            },
+            Target::Mock => DatasetConfig::Mock {
+                vocab_size: s.count("vocab_size", "random ids are drawn below this")?.unwrap_or(1024),
+                seq_len: s.count("seq_len", "tokens of a sample")?.unwrap_or(1024),
+                num_samples: s.count("num_samples", "samples of an epoch")?.unwrap_or(1_000_000),
+            },
+            Target::Hub(name) => {
+                read_hub(&mut s);
+                DatasetConfig::Hub(name)
+            }
+        };
+        let section = Self {
+            source,
+            tokenizer: read_tokenizer(&mut s)?,
+            on_error: s
+                .name(
+                    "on_error",
+                    "whether an unusable row stops the run",
+                    &[("fail", OnError::Fail), ("skip", OnError::Skip)],
+                )?
+                .unwrap_or_default(),
+            limit_dataset_samples: s.count("limit_dataset_samples", "only the first rows are used")?,
+        };
+        s.finish()?;
+        Ok(Some(section))
+    }
+}
+
+fn paths(s: &mut Section<'_>, key: &'static str) -> Result<Vec<PathBuf>> {
+    match s.texts(key, "the data files")? {
+        Some(paths) if !paths.is_empty() => Ok(paths.into_iter().map(PathBuf::from).collect()),
+        _ => Err(s.missing(key, "the data file, or a list of them")),
+    }
+}
+
+fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
+    let key = if s.has("path_or_dataset") { "path_or_dataset" } else { "path_or_dataset_id" };
+    let paths = paths(s, key)?;
+    let rows = match s.text("split", "which rows, as in `train[:128]`")? {
+        Some(split) => match slice(&split) {
+            Some(rows) => rows,
+            None => return Err(s.refuse("split", "a split such as `train` or `train[128:256]`")),
+        },
+        None => (None, None),
+    };
+    let truncation = s.name(
+        "truncation",
+        "whether rows longer than seq_length are cut",
+        &[
+            ("true", true),
+            ("True", true),
+            ("longest_first", true),
+            ("false", false),
+            ("False", false),
+            ("do_not_truncate", false),
+        ],
+    )?;
+    let config = ChatDatasetConfig {
+        paths,
+        rows,
+        seq_length: s.count("seq_length", "most tokens of a row")?,
+        truncation: truncation.unwrap_or(false),
+        mask_history: s.bool("mask_history", "only the last answer is learned")?.unwrap_or(false),
+        mask_reasoning_content: s
+            .bool("mask_reasoning_content", "thinking is left out of the loss")?
+            .unwrap_or(false),
+        media_dir: s.path("media_dir", "folder that image paths are relative to")?,
+    };
+    s.no_effect("padding", "a batch is padded to its longest row; padding changes no result");
+    s.no_effect("unshifted", "labels are shifted once, here or there");
+    s.no_effect("start_of_turn_token", "answers are found by their place in the rendered form");
+    s.unsupported("chat_template", "the chat form of the tokenizer's own version is rendered");
+    s.unsupported(
+        "shuffle_seed",
+        "rows are shuffled by the dataloader; shuffle the file before a split is cut",
+    );
+    s.unsupported("name", "read from files, which have no subsets");
+    s.unsupported_unless("skip_invalid_samples", "write `on_error: skip`", |node| {
+        node.to_string() == "false"
+    });
+    Ok(config)
+}
+
+/// `train[a:b]` as row bounds; a bare name is all rows.
+fn slice(split: &str) -> Option<(Option<usize>, Option<usize>)> {
+    let bound = |text: &str| match text {
+        "" => Some(None),
+        text => text.parse().ok().map(Some),
+    };
+    match split.split_once('[') {
+        None => split.chars().all(|c| c.is_alphanumeric() || c == '_').then_some((None, None)),
+        Some((_, rest)) => {
+            let (start, end) = rest.strip_suffix(']')?.split_once(':')?;
+            Some((bound(start)?, bound(end)?))
+        }
+    }
+}
+
+/// A data set that would be downloaded: every key is accepted, and the target blocks a run.
+fn read_hub(s: &mut Section<'_>) {
+    let reason = "this build reads local files only; export the rows to JSONL (`messages`, with image paths) and use \
+                  `_target_: chat_jsonl`";
+    s.block("_target_", reason);
+    s.none_of_effect(
+        &[
+            "path_or_dataset",
+            "path_or_dataset_id",
+            "dataset_name",
+            "split",
+            "seq_length",
+            "start_of_turn_token",
+            "fp8",
+            "column_mapping",
+            "answer_only_loss_mask",
+            "num_samples_limit",
+            "shuffle_seed",
+            "max_length",
+            "name",
+            "root_path",
+        ],
+        "read only by a data set that this build does not have",
+    );
+}
+
+fn read_tokenizer(s: &mut Section<'_>) -> Result<Option<String>> {
+    let what = "the tokenizer, where it is not the model's";
+    if !s.is_section("tokenizer") {
+        return s.text("tokenizer", what);
+    }
+    let mut t = s.section("tokenizer")?;
+    t.name(
+        "_target_",
+        "reads a tokenizer",
+        &[
+            ("transformers.AutoTokenizer.from_pretrained", ()),
+            ("nemo_automodel._transformers.auto_tokenizer.NeMoAutoTokenizer.from_pretrained", ()),
+            ("nemo_automodel.NeMoAutoTokenizer.from_pretrained", ()),
+            ("AutoTokenizer.from_pretrained", ()),
+        ],
+    )?;
+    let path = t.text("pretrained_model_name_or_path", what)?;
+    t.none_of_effect(&["trust_remote_code", "use_fast"], "no foreign code is run");
+    t.finish()?;
+    Ok(path)
+}
+
+/// `dataloader`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataloaderConfig {
+    /// Whether each epoch has its own order.
+    pub shuffle: bool,
+    /// Whether a last batch that is not full is left out.
+    pub drop_last: bool,
+    /// Rows with more tokens are left out.
+    pub max_length: Option<usize>,
+}
+
+impl DataloaderConfig {
+    /// Reads `dataloader` or `validation_dataloader`; `shuffle` is the default of that key.
+    pub(crate) fn read(root: &mut Section<'_>, key: &'static str, shuffle: bool) -> Result<Self> {
+        let mut s = root.section(key)?;
+        s.name(
+            "_target_",
+            "batches in a seeded, resumable order",
+            &[
+                ("torchdata.stateful_dataloader.StatefulDataLoader", ()),
+                ("torch.utils.data.DataLoader", ()),
+                ("StatefulDataLoader", ()),
+                ("DataLoader", ()),
+            ],
+        )?;
+        let max_length = read_collate(&mut s)?;
+        let config = Self {
+            shuffle: s.bool("shuffle", "whether each epoch has its own order")?.unwrap_or(shuffle),
+            drop_last: s
+                .bool("drop_last", "whether a last batch that is not full is left out")?
+                .unwrap_or(false),
+            max_length,
+        };
+        s.none_of_effect(
+            &[
+                "num_workers",
+                "pin_memory",
+                "persistent_workers",
+                "prefetch_factor",
+                "multiprocessing_context",
+            ],
+            "changes how batches are fetched, not which",
+        );
+        s.no_effect("shuffle_buffer_size", "the whole data set is shuffled, not a buffer of it");
+        s.unsupported("batch_size", "set step_scheduler.local_batch_size instead");
+        s.unsupported("group_by_length", "rows are not grouped by length");
+        s.finish()?;
+        Ok(config)
+    }
+}
+
+fn read_collate(s: &mut Section<'_>) -> Result<Option<usize>> {
+    const NAMES: [(&str, ()); 10] = [
+        ("nemo_automodel.components.datasets.utils.default_collater", ()),
+        ("nemo_automodel.components.datasets.utils.packed_sequence_thd_collater", ()),
+        ("nemo_automodel.components.datasets.vlm.collate_fns.default_collate_fn", ()),
+        ("nemo_automodel.components.datasets.vlm.collate_fns.pad_collate_fn", ()),
+        ("nemo_automodel.components.datasets.vlm.collate_fns.neat_packed_vlm_collater", ()),
+        ("default_collater", ()),
+        ("packed_sequence_thd_collater", ()),
+        ("default_collate_fn", ()),
+        ("pad_collate_fn", ()),
+        ("neat_packed_vlm_collater", ()),
+    ];
+    let what = "rows are padded, or packed where packed_sequence says so";
+    if !s.is_section("collate_fn") {
+        s.name("collate_fn", what, &NAMES)?;
+        return Ok(None);
+    }
+    let mut c = s.section("collate_fn")?;
+    c.name("_target_", what, &NAMES)?;
+    let max_length = c.count("max_length", "rows with more tokens are left out")?;
+    c.none_of_effect(&["pad_seq_len_divisible", "drop_overlong"], "padding changes no result");
+    c.finish()?;
+    Ok(max_length)
+}
+
+/// `packed_sequence`: several samples in one row, none of which sees another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedSequenceConfig {
+    /// Tokens of a row.
+    pub packed_sequence_size: usize,
+    /// Samples among which the best-fitting place is looked for.
+    pub buffer_size: usize,
+    /// Whether samples longer than a row are left out instead of refused.
+    pub drop_long_samples: bool,
+}
+
+impl PackedSequenceConfig {
+    /// Reads the section; `None` when packing is off.
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Option<Self>> {
+        let mut s = root.section("packed_sequence")?;
+        let size = s.usize("packed_sequence_size", "tokens of a packed row; 0 switches packing off")?;
+        let size = size.or(s.usize("pack_size", "tokens of a packed row; 0 switches packing off")?);
+        s.name(
+            "packing_strategy",
+            "one form of packing: sequences never see each other",
+            &[("thd", ()), ("neat", ())],
+        )?;
+        let buffer_size = s.count("buffer_size", "samples among which a fitting place is looked for")?;
+        let drop_long = s.bool("drop_long_samples", "samples longer than a row are left out")?;
+        s.none_of_effect(
+            &["pretokenize", "num_workers", "attn_implementation", "max_length"],
+            "one form of packing",
+        );
+        s.unsupported("max_packs", "limit the data set instead (limit_dataset_samples)");
+        s.unsupported("split_across_pack", "samples are never split");
+        s.finish()?;
+        Ok(size.filter(|&size| size > 0).map(|packed_sequence_size| Self {
+            packed_sequence_size,
+            buffer_size: buffer_size.unwrap_or(1024),
+            drop_long_samples: drop_long.unwrap_or(true),
+        }))
+    }
+}

@@ -1,0 +1,280 @@
+//! Recipes: YAML files in NeMo AutoModel's section names, read into typed settings.
+//!
+//! A recipe is parsed strictly (an unknown key is an error with the nearest known one), and every key that it sets is
+//! listed in a [`RecipeReport`] with what it does here. Settings that NeMo AutoModel knows and this build cannot
+//! honour parse, but [`Recipe::check_runnable`] refuses them by name, so that none is ever left out silently.
+//!
+//! Source: NVIDIA NeMo AutoModel, `components/config`, `recipes/_typed_config.py` and its example recipes.
+
+mod checkpoint;
+mod dataset;
+mod environment;
+mod model;
+mod overrides;
+mod reader;
+mod report;
+mod training;
+mod yaml;
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use checkpoint::CheckpointConfig;
+pub use dataset::{
+    ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, OnError, PackedSequenceConfig, Split,
+    TextDatasetConfig,
+};
+pub use model::{
+    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PeftConfig, SoftmaxScaleOverride, TorchDtype,
+};
+pub use overrides::{Override, parse_overrides};
+pub use report::{Effect, RecipeReport, ReportEntry};
+pub use training::{
+    LrDecayStyle, LrSchedulerConfig, OptimizerConfig, OptimizerKind, RngConfig, StepSchedulerConfig,
+    WdIncrStyle, WsdDecayStyle,
+};
+
+use crate::error::{Error, Result};
+use reader::{Reading, Section};
+
+/// What a recipe trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecipeKind {
+    /// Text: `TrainFinetuneRecipeForNextTokenPrediction`.
+    NextTokenPrediction,
+    /// Images and text: `FinetuneRecipeForVLM`.
+    Vlm,
+    /// A measured run: `BenchmarkingRecipeForNextTokenPrediction`.
+    Benchmark,
+}
+
+/// One validation set.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ValidationSet {
+    /// `default`, or what follows `validation_dataset_` in the section's name.
+    pub name: String,
+    /// Its data.
+    pub dataset: DatasetSection,
+}
+
+/// A whole recipe, read and checked.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// What is trained.
+    pub kind: RecipeKind,
+    /// Batch sizes and length of the run.
+    pub step_scheduler: StepSchedulerConfig,
+    /// Seed.
+    pub rng: RngConfig,
+    /// Weights.
+    pub model: ModelConfig,
+    /// Saving.
+    pub checkpoint: CheckpointConfig,
+    /// Activation checkpointing.
+    pub distributed: DistributedConfig,
+    /// Parts that keep their weights.
+    pub freeze_config: FreezeConfig,
+    /// Largest L2 norm of the gradient; `None`: no clipping.
+    pub max_grad_norm: Option<f64>,
+    /// Training data.
+    pub dataset: DatasetSection,
+    /// Order and batching of the training data.
+    pub dataloader: DataloaderConfig,
+    /// Held-out data.
+    pub validation: Vec<ValidationSet>,
+    /// Order and batching of the held-out data.
+    pub validation_dataloader: DataloaderConfig,
+    /// Packing of the training data; `None`: rows are padded.
+    pub packed_sequence: Option<PackedSequenceConfig>,
+    /// Update rule.
+    pub optimizer: OptimizerConfig,
+    /// Schedule of the learning rate; `None`: it stays at `optimizer.lr`.
+    pub lr_scheduler: Option<LrSchedulerConfig>,
+    /// Adapters.
+    pub peft: Option<PeftConfig>,
+    /// What each key does here.
+    pub report: RecipeReport,
+    /// The recipe with its overrides, variables as written.
+    text: String,
+}
+
+impl Recipe {
+    /// Reads a recipe file and applies overrides.
+    ///
+    /// # Errors
+    /// A file that cannot be read, that is not YAML, or that is not a recipe: always with file, line and key.
+    pub fn load(path: &Path, overrides: &[Override]) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::parse(&path.display().to_string(), &bytes, overrides, &|name| std::env::var(name).ok())
+    }
+
+    /// Reads a recipe from bytes; `variables` looks up environment variables.
+    ///
+    /// # Errors
+    /// As [`Recipe::load`].
+    pub fn parse(
+        name: &str,
+        bytes: &[u8],
+        overrides: &[Override],
+        variables: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self> {
+        let file: Arc<str> = Arc::from(name);
+        let mut root = yaml::parse(&file, bytes)?;
+        for change in overrides {
+            overrides::apply(&mut root, change)?;
+        }
+        let text = yaml::write(&root);
+        environment::expand(&file, &mut root, variables)?;
+        let reading = Reading { file, report: RefCell::new(RecipeReport::default()) };
+        let mut recipe = read(Section::root(&reading, &root))?;
+        recipe.report = reading.report.into_inner();
+        recipe.text = text;
+        recipe.check_numbers()?;
+        Ok(recipe)
+    }
+
+    /// Refuses settings that this build cannot honour.
+    ///
+    /// # Errors
+    /// [`Error::NotRunnable`] with every such setting and its reason.
+    pub fn check_runnable(&self) -> Result<()> {
+        self.report.check_runnable()
+    }
+
+    /// The recipe as YAML with its overrides applied; environment variables stay as placeholders.
+    pub fn to_yaml(&self) -> &str {
+        &self.text
+    }
+
+    /// Micro-batches of one optimizer step on one rank.
+    pub fn grad_acc_steps(&self) -> usize {
+        self.step_scheduler.global_batch_size / self.step_scheduler.local_batch_size
+    }
+
+    fn check_numbers(&self) -> Result<()> {
+        let StepSchedulerConfig { global_batch_size: global, local_batch_size: local, .. } =
+            self.step_scheduler;
+        if !global.is_multiple_of(local) {
+            return Err(Error::Inconsistent {
+                key: "step_scheduler.global_batch_size".to_owned(),
+                value: global.to_string(),
+                message: format!(
+                    "must be divisible by local_batch_size * data-parallel ranks ({local} * 1); {} or {} would do",
+                    (global / local).max(1) * local,
+                    (global / local + 1) * local
+                ),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn read(mut root: Section<'_>) -> Result<Recipe> {
+    let kind = read_kind(&mut root)?;
+    let step_scheduler = StepSchedulerConfig::read(&mut root)?;
+    let rng = RngConfig::read(&mut root)?;
+    let model = ModelConfig::read(&mut root)?;
+    let freeze_config = FreezeConfig::read(&mut root)?;
+    let peft = PeftConfig::read(&mut root)?;
+    training::read_loss(&mut root)?;
+    let optimizer = OptimizerConfig::read(&mut root)?;
+    let lr_scheduler = LrSchedulerConfig::read(&mut root)?;
+    let max_grad_norm = training::read_clip(&mut root)?;
+    let Some(dataset) = DatasetSection::read(&mut root, "dataset")? else {
+        return Err(root.missing("dataset", "the training data"));
+    };
+    let dataloader = DataloaderConfig::read(&mut root, "dataloader", true)?;
+    let packed_sequence = PackedSequenceConfig::read(&mut root)?;
+    let mut validation = Vec::new();
+    for (key, name) in [
+        ("validation_dataset", "default"),
+        ("validation_dataset_1", "1"),
+        ("validation_dataset_2", "2"),
+        ("validation_dataset_3", "3"),
+    ] {
+        if let Some(dataset) = DatasetSection::read(&mut root, key)? {
+            validation.push(ValidationSet { name: name.to_owned(), dataset });
+        }
+    }
+    let validation_dataloader = DataloaderConfig::read(&mut root, "validation_dataloader", false)?;
+    let checkpoint = CheckpointConfig::read(&mut root)?;
+    let distributed = DistributedConfig::read(&mut root)?;
+    read_others(&mut root)?;
+    root.finish()?;
+    Ok(Recipe {
+        kind,
+        step_scheduler,
+        rng,
+        model,
+        checkpoint,
+        distributed,
+        freeze_config,
+        max_grad_norm,
+        dataset,
+        dataloader,
+        validation,
+        validation_dataloader,
+        packed_sequence,
+        optimizer,
+        lr_scheduler,
+        peft,
+        report: RecipeReport::default(),
+        text: String::new(),
+    })
+}
+
+fn read_kind(root: &mut Section<'_>) -> Result<RecipeKind> {
+    use RecipeKind::{Benchmark, NextTokenPrediction, Vlm};
+    const NAMES: [(&str, RecipeKind); 7] = [
+        ("TrainFinetuneRecipeForNextTokenPrediction", NextTokenPrediction),
+        (
+            "nemo_automodel.recipes.llm.train_ft.TrainFinetuneRecipeForNextTokenPrediction",
+            NextTokenPrediction,
+        ),
+        ("FinetuneRecipeForVLM", Vlm),
+        ("nemo_automodel.recipes.vlm.finetune.FinetuneRecipeForVLM", Vlm),
+        ("BenchmarkingRecipeForNextTokenPrediction", Benchmark),
+        ("nemo_automodel.recipes.llm.benchmark.BenchmarkingRecipeForNextTokenPrediction", Benchmark),
+        ("nemo_automodel.recipes.vlm.benchmark.BenchmarkingRecipeForVLM", Benchmark),
+    ];
+    match root.name("recipe", "what is trained", &NAMES)? {
+        Some(kind) => Ok(kind),
+        None => Err(root.missing("recipe", "what is trained, such as FinetuneRecipeForVLM")),
+    }
+}
+
+/// Sections that are valid in NeMo AutoModel and either change nothing here or are not supported.
+fn read_others(root: &mut Section<'_>) -> Result<()> {
+    root.no_effect("dist_env", "there is one rank");
+    root.no_effect("compile", "the program is compiled already");
+    root.none_of_effect(
+        &["wandb", "mlflow", "comet"],
+        "metrics are written to files; nothing is sent anywhere",
+    );
+    root.no_effect("ci", "read by NeMo AutoModel's own test farm only");
+    root.none_of_effect(&["nvtx", "prewarm", "profiling", "mfu"], "for profiling on NVIDIA GPUs");
+    root.no_effect("moe_metrics", "the load of the experts is always measured");
+    root.no_effect("sdpa_method", "there is one attention");
+    root.no_effect("benchmark", "`mistral4 bench` measures; a recipe trains");
+    root.no_effect("processor", "the checkpoint's own image processor is used");
+    root.unsupported("qat", "quantisation-aware training is not supported");
+    root.unsupported("quantization", "training over quantised weights is not supported yet");
+    root.unsupported("neftune", "noise on embeddings is not supported yet");
+    root.unsupported("tool_call_eval", "tool calls are not evaluated");
+    root.unsupported("embedding_row_repair", "the checkpoint's embeddings are trained as they are");
+    let mut fp8 = root.section("fp8")?;
+    fp8.unsupported("enabled", "FP8 compute is not supported");
+    fp8.none_of_effect(
+        &[
+            "recipe_name",
+            "enable_fsdp_float8_all_gather",
+            "precompute_float8_dynamic_scale_for_fsdp",
+            "force_recompute_fp8_weight_in_bwd",
+            "filter_fqns",
+            "emulate",
+        ],
+        "read only with fp8.enabled",
+    );
+    fp8.finish()
+}

@@ -1,0 +1,351 @@
+//! `model`, `freeze_config`, `peft`, `distributed`.
+
+use super::reader::Section;
+use crate::error::Result;
+
+/// Where the weights come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A checkpoint: a folder or a hub id.
+    Pretrained(String),
+    /// Fresh weights for a configuration: a file, a folder, a hub id or a preset.
+    FromConfig(String),
+}
+
+/// Storage type of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TorchDtype {
+    /// What the checkpoint's configuration says.
+    Auto,
+    /// 32-bit floats.
+    Float32,
+    /// Brain floats.
+    Bfloat16,
+}
+
+/// An override of the softmax scale's policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SoftmaxScaleOverride {
+    /// `qk_head_dim ^ -0.5`.
+    Standard,
+    /// The same times YaRN's `mscale ^ 2`.
+    YarnMscale,
+}
+
+/// `model`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Checkpoint or configuration.
+    pub source: ModelSource,
+    /// Whether the multimodal model is asked for (vision tower and projector).
+    pub multimodal: bool,
+    /// Storage type of the weights.
+    pub torch_dtype: TorchDtype,
+    /// Override of the softmax scale's policy.
+    pub softmax_scale: Option<SoftmaxScaleOverride>,
+    /// Step of the gate-bias update: 0 when fine-tuning a checkpoint, 1e-3 from scratch, unless set.
+    pub gate_bias_update_factor: f64,
+    /// Weight of the auxiliary load-balance loss.
+    pub aux_loss_coeff: f64,
+    /// Whether routing is replaced by a balanced one, for benchmarks.
+    pub fake_balanced_gate: bool,
+}
+
+impl ModelConfig {
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+        // (from a configuration, multimodal)
+        const NAMES: [(&str, (bool, bool)); 8] = [
+            ("nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", (false, false)),
+            ("nemo_automodel.NeMoAutoModelForCausalLM.from_config", (true, false)),
+            ("nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained", (false, true)),
+            ("nemo_automodel.NeMoAutoModelForImageTextToText.from_config", (true, true)),
+            ("NeMoAutoModelForCausalLM.from_pretrained", (false, false)),
+            ("NeMoAutoModelForCausalLM.from_config", (true, false)),
+            ("NeMoAutoModelForImageTextToText.from_pretrained", (false, true)),
+            ("NeMoAutoModelForImageTextToText.from_config", (true, true)),
+        ];
+        const DTYPES: [(&str, TorchDtype); 9] = [
+            ("auto", TorchDtype::Auto),
+            ("float32", TorchDtype::Float32),
+            ("torch.float32", TorchDtype::Float32),
+            ("fp32", TorchDtype::Float32),
+            ("f32", TorchDtype::Float32),
+            ("bfloat16", TorchDtype::Bfloat16),
+            ("torch.bfloat16", TorchDtype::Bfloat16),
+            ("bf16", TorchDtype::Bfloat16),
+            ("BF16", TorchDtype::Bfloat16),
+        ];
+        const SCALES: [(&str, SoftmaxScaleOverride); 3] = [
+            ("standard", SoftmaxScaleOverride::Standard),
+            ("yarn-mscale", SoftmaxScaleOverride::YarnMscale),
+            ("yarn_mscale", SoftmaxScaleOverride::YarnMscale),
+        ];
+        let Some(mut s) = root.optional_section("model")? else {
+            return Err(root.missing("model", "which checkpoint or configuration to train"));
+        };
+        let target = s.name("_target_", "the Mistral 4 model", &NAMES)?;
+        let pretrained =
+            s.text("pretrained_model_name_or_path", "the checkpoint to start from: a folder or a hub id")?;
+        let config = read_config(&mut s)?;
+        let (from_config, multimodal) = target.unwrap_or((pretrained.is_none(), false));
+        let source = match (from_config, pretrained, config) {
+            (false, Some(path), None) => ModelSource::Pretrained(path),
+            (true, None, Some(config)) => ModelSource::FromConfig(config),
+            (false, None, _) => {
+                let purpose = "the checkpoint to start from (`from_config` starts from fresh weights)";
+                return Err(s.missing("pretrained_model_name_or_path", purpose));
+            }
+            (false, Some(_), Some(_)) => {
+                return Err(s.refuse("config", "no `config` beside a checkpoint, which has its own"));
+            }
+            (true, Some(_), _) => {
+                let expected = "`config` in its place: `from_config` starts from fresh weights";
+                return Err(s.refuse("pretrained_model_name_or_path", expected));
+            }
+            (true, None, None) => {
+                return Err(
+                    s.missing("config", "a config.json, a folder, a hub id or a preset for fresh weights")
+                );
+            }
+        };
+        let dtype = s.name("torch_dtype", "storage type of the weights", &DTYPES)?;
+        let dtype = dtype.or(s.name("dtype", "storage type of the weights", &DTYPES)?);
+        let softmax_scale = s.name("softmax_scale", "policy of the softmax scale", &SCALES)?;
+        let bias_factor =
+            s.non_negative("gate_bias_update_factor", "step of the aux-loss-free balancing of experts")?;
+        let aux_loss_coeff = s.non_negative("aux_loss_coeff", "weight of the load-balance loss")?;
+        let fake = s.bool("fake_balanced_gate", "routes tokens evenly, ignoring the router (benchmarks)")?;
+        let backend_fake = read_backend(&mut s)?;
+        s.none_of_effect(
+            &["trust_remote_code", "force_hf", "use_liger_kernel", "use_sdpa_patching", "sdpa_method"],
+            "no foreign code is run",
+        );
+        s.no_effect("attn_implementation", "there is one attention");
+        s.unsupported("output_hidden_states", "training needs the loss only");
+        s.unsupported("quantization_config", "training from quantised weights is not supported yet");
+        s.unsupported("num_labels", "the model predicts tokens");
+        s.unsupported("text_config", "change the checkpoint's config.json instead");
+        s.finish()?;
+        let scratch = matches!(source, ModelSource::FromConfig(_));
+        Ok(Self {
+            source,
+            multimodal,
+            torch_dtype: dtype.unwrap_or(TorchDtype::Auto),
+            softmax_scale,
+            gate_bias_update_factor: bias_factor.unwrap_or(if scratch { 1e-3 } else { 0.0 }),
+            aux_loss_coeff: aux_loss_coeff.unwrap_or(0.0),
+            fake_balanced_gate: fake.or(backend_fake).unwrap_or(false),
+        })
+    }
+}
+
+/// `model.config`: a text, or NeMo AutoModel's `AutoConfig.from_pretrained` mapping.
+fn read_config(s: &mut Section<'_>) -> Result<Option<String>> {
+    const NAMES: [(&str, ()); 2] =
+        [("transformers.AutoConfig.from_pretrained", ()), ("AutoConfig.from_pretrained", ())];
+    if !s.is_section("config") {
+        return s
+            .text("config", "the configuration for fresh weights: a file, a folder, a hub id or a preset");
+    }
+    let mut c = s.section("config")?;
+    c.name("_target_", "reads a configuration", &NAMES)?;
+    let what = "the configuration for fresh weights: a file, a folder, a hub id or a preset";
+    let Some(path) = c.text("pretrained_model_name_or_path", what)? else {
+        return Err(c.missing("pretrained_model_name_or_path", "the configuration for fresh weights"));
+    };
+    c.no_effect("trust_remote_code", "no foreign code is run");
+    c.finish()?;
+    Ok(Some(path))
+}
+
+/// `model.backend`: only the balanced gate matters here.
+fn read_backend(s: &mut Section<'_>) -> Result<Option<bool>> {
+    const NAMES: [(&str, ()); 2] =
+        [("nemo_automodel.components.models.common.BackendConfig", ()), ("BackendConfig", ())];
+    let mut b = s.section("backend")?;
+    b.name("_target_", "choices of implementation", &NAMES)?;
+    b.none_of_effect(
+        &["attn", "linear", "rms_norm", "rope", "rope_fusion", "experts", "compile_attn", "cuda_graph"],
+        "this build has its own kernels; the result is the same",
+    );
+    b.none_of_effect(
+        &[
+            "dispatcher",
+            "dispatcher_num_sms",
+            "dispatcher_share_token_dispatcher",
+            "dispatcher_async_dispatch",
+            "mok",
+            "enable_deepep",
+        ],
+        "experts live on one rank",
+    );
+    b.no_effect("enable_hf_state_dict_adapter", "the checkpoint's names are the model's names");
+    b.no_effect("enable_fsdp_optimizations", "there is one rank");
+    let fake = b.bool("fake_balanced_gate", "routes tokens evenly, ignoring the router (benchmarks)")?;
+    b.unsupported("fake_gate_noise", "the balanced gate has no noise");
+    b.unsupported("te_fp8", "FP8 compute is not supported");
+    b.unsupported_unless("gate_precision", "the router is always computed in float32", |node| {
+        ["float32", "torch.float32", "fp32"].contains(&node.to_string().as_str())
+    });
+    b.finish()?;
+    Ok(fake)
+}
+
+/// `freeze_config`: which parts keep their weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FreezeConfig {
+    /// The embedding table.
+    pub freeze_embeddings: bool,
+    /// The vision tower.
+    pub freeze_vision_tower: bool,
+    /// The decoder, its head and its embedding table.
+    pub freeze_language_model: bool,
+    /// The projector between them.
+    pub freeze_multi_modal_projector: bool,
+}
+
+impl FreezeConfig {
+    /// Reads the section. Without one, nothing is frozen; with one, the tower is frozen unless it says otherwise.
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+        let Some(mut s) = root.optional_section("freeze_config")? else { return Ok(Self::default()) };
+        let kept = "whether this part keeps its weights";
+        let config = Self {
+            freeze_embeddings: s.bool("freeze_embeddings", kept)?.unwrap_or(false),
+            freeze_vision_tower: s.bool("freeze_vision_tower", kept)?.unwrap_or(true),
+            freeze_language_model: s.bool("freeze_language_model", kept)?.unwrap_or(false),
+            freeze_multi_modal_projector: s.bool("freeze_multi_modal_projector", kept)?.unwrap_or(false),
+        };
+        s.none_of_effect(&["freeze_audio_tower", "freeze_video_embedder"], "the model has no such part");
+        s.finish()?;
+        Ok(config)
+    }
+}
+
+/// `peft`: low-rank adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeftConfig {
+    /// Patterns of the linears that get an adapter.
+    pub target_modules: Vec<String>,
+    /// Patterns of the linears that get none.
+    pub exclude_modules: Vec<String>,
+    /// Whether every linear gets one.
+    pub match_all_linear: bool,
+    /// Rank.
+    pub dim: usize,
+    /// The adapter's output is scaled by `alpha / dim`.
+    pub alpha: f64,
+    /// Dropout probability before the adapter.
+    pub dropout: f64,
+    /// Whether the rank of an expert's adapter is divided by the number of chosen experts.
+    pub moe_rank_scaling: bool,
+}
+
+impl PeftConfig {
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Option<Self>> {
+        const NAMES: [(&str, ()); 3] = [
+            ("nemo_automodel.components._peft.lora.PeftConfig", ()),
+            ("nemo_automodel.components._peft.lora.LoraConfig", ()),
+            ("PeftConfig", ()),
+        ];
+        let Some(mut s) = root.optional_section("peft")? else { return Ok(None) };
+        s.name("_target_", "low-rank adapters", &NAMES)?;
+        s.block("_target_", "LoRA is not supported yet; leave `peft` out to train the weights themselves");
+        if !s.has("_target_") {
+            root.unsupported_unless("peft", "LoRA is not supported yet", |_| false);
+        }
+        let config = Self {
+            target_modules: s.texts("target_modules", "linears with an adapter")?.unwrap_or_default(),
+            exclude_modules: s.texts("exclude_modules", "linears without one")?.unwrap_or_default(),
+            match_all_linear: s.bool("match_all_linear", "an adapter on every linear")?.unwrap_or(false),
+            dim: s.count("dim", "rank")?.unwrap_or(8),
+            alpha: s.non_negative("alpha", "scale of the adapter, times 1 / dim")?.unwrap_or(32.0),
+            dropout: s.non_negative("dropout", "dropout before the adapter")?.unwrap_or(0.0),
+            moe_rank_scaling: s.bool("moe_rank_scaling", "rank of expert adapters / top-k")?.unwrap_or(false),
+        };
+        s.unsupported("use_dora", "DoRA is not supported");
+        s.none_of_effect(&["dropout_position"], "dropout comes before the adapter");
+        s.none_of_effect(&["use_memory_efficient_lora", "use_triton"], "one implementation");
+        s.none_of_effect(&["lora_dtype"], "adapters are float32");
+        s.finish()?;
+        Ok(Some(config))
+    }
+}
+
+/// `distributed`: here, only activation checkpointing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DistributedConfig {
+    /// Whether each layer's activations are recomputed in the backward pass.
+    pub activation_checkpointing: bool,
+}
+
+impl DistributedConfig {
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+        const STRATEGIES: [(&str, ()); 4] = [("fsdp2", ()), ("megatron_fsdp", ()), ("ddp", ()), ("none", ())];
+        let one = |node: &super::yaml::Node| ["0", "1"].contains(&node.to_string().as_str());
+        let mut s = root.section("distributed")?;
+        s.name("strategy", "all strategies are the same on one rank", &STRATEGIES)?;
+        s.no_effect("_target_", "all strategies are the same on one rank");
+        let layers = "layers are spread over ranks; this build trains on one";
+        for (key, reason) in [
+            ("dp_size", "data-parallel ranks; this build trains on one (raise the accumulation instead)"),
+            ("dp_replicate_size", "data-parallel ranks; this build trains on one"),
+            ("tp_size", "linears are split over ranks; this build trains on one"),
+            ("cp_size", "sequences are split over ranks; this build trains on one"),
+            ("pp_size", layers),
+            ("ep_size", "experts are spread over ranks; this build trains on one"),
+        ] {
+            s.unsupported_unless(key, reason, one);
+        }
+        let activation_checkpointing = s
+            .bool("activation_checkpointing", "each layer's activations are recomputed in the backward pass")?
+            .unwrap_or(false);
+        s.none_of_effect(&["sequence_parallel", "tp_plan", "use_hf_tp_plan"], "tensor parallelism is off");
+        s.none_of_effect(
+            &["activation_checkpointing_scope", "offload_policy", "cpu_offload"],
+            "changes where memory is spent, not the result",
+        );
+        s.none_of_effect(
+            &[
+                "defer_fsdp_grad_sync",
+                "reshard_after_forward",
+                "enable_async_tensor_parallel",
+                "enable_fsdp2_prefetch",
+            ],
+            "there is one rank",
+        );
+        s.none_of_effect(&["patch_is_packed_sequence", "enable_compile", "multimodal"], "one implementation");
+        s.unsupported("mp_policy", "set model.torch_dtype instead");
+        s.unsupported("autocast_dtype", "set model.torch_dtype instead");
+        let mut pipeline = s.section("pipeline")?;
+        pipeline.none_of_effect(
+            &[
+                "pp_schedule",
+                "pp_schedule_csv",
+                "pp_microbatch_size",
+                "pp_batch_size",
+                "layers_per_stage",
+                "round_virtual_stages_to_pp_multiple",
+                "module_fqns_per_model_part",
+                "patch_inner_model",
+                "patch_causal_lm_model",
+                "patch_stage_backward_maybe_with_nosync",
+                "dtype",
+                "scale_grads_in_schedule",
+                "loss_fn",
+                "pp_seq_len",
+            ],
+            "read only with pp_size above 1",
+        );
+        pipeline.finish()?;
+        let mut moe = s.section("moe")?;
+        moe.none_of_effect(
+            &["ignore_router_for_ac", "reshard_after_forward", "wrap_outer_model", "_target_"],
+            "there is one rank",
+        );
+        moe.unsupported("lm_head_precision", "set model.torch_dtype instead");
+        moe.unsupported("mp_policy", "set model.torch_dtype instead");
+        moe.finish()?;
+        s.finish()?;
+        Ok(Self { activation_checkpointing })
+    }
+}
