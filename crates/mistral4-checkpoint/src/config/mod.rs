@@ -2,6 +2,23 @@
 //!
 //! Field names are the keys of Hugging Face's `config.json`.
 
+mod fields;
+mod file;
+mod hf;
+mod native;
+mod preset;
+mod quantization;
+mod rope;
+mod softmax_scale;
+mod vision;
+mod write;
+
+pub use file::{ConfigFile, ConfigForm};
+pub use hf::supports_config;
+pub use preset::preset_names;
+pub use quantization::{ActivationScheme, Quantization};
+pub use softmax_scale::{ConfigOptions, yarn_get_mscale};
+
 /// What a checkpoint is: a text model, or a text model behind a vision tower and a projector.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -11,6 +28,13 @@ pub struct Config {
     pub vision: Option<MultimodalConfig>,
     /// Softmax scale with the policy that chose it.
     pub softmax_scale: SoftmaxScale,
+}
+
+impl Config {
+    /// The decoder alone.
+    pub fn text_only(&self) -> Config {
+        Config { vision: None, ..self.clone() }
+    }
 }
 
 /// The `mistral4` decoder.
@@ -76,6 +100,18 @@ pub struct TextConfig {
     pub attention_bias: bool,
 }
 
+impl TextConfig {
+    /// Width of a query or key head.
+    pub fn qk_head_dim(&self) -> usize {
+        self.qk_nope_head_dim + self.qk_rope_head_dim
+    }
+
+    /// Whether a layer has experts, or the dense feed-forward of the first layers.
+    pub fn is_moe_layer(&self, layer: usize) -> bool {
+        layer >= self.first_k_dense_replace
+    }
+}
+
 /// `rope_parameters`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeParameters {
@@ -139,6 +175,29 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+}
+
+impl Activation {
+    /// The activation of a name in transformers.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "silu" | "swish" => Some(Activation::Silu),
+            "gelu" | "gelu_python" => Some(Activation::Gelu),
+            "gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh" => Some(Activation::GeluTanh),
+            "relu" => Some(Activation::Relu),
+            _ => None,
+        }
+    }
+
+    /// The name in transformers.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::Silu => "silu",
+            Activation::Gelu => "gelu",
+            Activation::GeluTanh => "gelu_pytorch_tanh",
+            Activation::Relu => "relu",
+        }
+    }
 }
 
 /// What a `mistral3` wrapper adds to the decoder.

@@ -1,0 +1,270 @@
+//! Which files a checkpoint folder holds, and which stored keys make up each parameter.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::names;
+use super::native_names::{self, NativeName};
+use super::shard::{Entry, Shard};
+use crate::error::{Error, Result};
+use crate::json;
+
+/// A stored tensor: file and key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) shard: usize,
+    pub(crate) key: String,
+}
+
+/// A weight with its scale, each if stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) weight: Option<Place>,
+    pub(crate) scale: Option<Place>,
+}
+
+/// Parts of stacked experts by expert and part; gate is part 0 and up part 1 of `gate_up_proj`.
+pub(crate) type Pieces = BTreeMap<(usize, usize), Slot>;
+
+/// All tensors of a folder, by canonical key.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) shards: Vec<Shard>,
+    /// Parameters stored as one tensor.
+    pub(crate) whole: BTreeMap<String, Slot>,
+    /// Expert stacks stored as one tensor an expert and part.
+    pub(crate) pieces: BTreeMap<String, Pieces>,
+    /// Whether the files are Mistral's own form.
+    pub(crate) native: bool,
+    /// Whether there are tensors of a vision tower.
+    pub(crate) multimodal: bool,
+}
+
+enum Role {
+    Whole(String),
+    Piece(String, usize, usize),
+    Ignored,
+}
+
+impl Sources {
+    /// Opens every file of a folder and reads the headers.
+    pub(crate) fn open(folder: &Path) -> Result<Sources> {
+        let (files, native) = weight_files(folder)?;
+        let shards = files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let keys = || shards.iter().flat_map(|shard| shard.entries.keys().map(String::as_str));
+        let multimodal = if native {
+            keys().any(|key| key.starts_with("vision_encoder."))
+        } else {
+            names::are_multimodal(keys())
+        };
+        let mut whole: BTreeMap<String, Slot> = BTreeMap::new();
+        let mut pieces: BTreeMap<String, Pieces> = BTreeMap::new();
+        for (index, shard) in shards.iter().enumerate() {
+            for key in shard.entries.keys() {
+                let (role, is_scale) =
+                    if native { native_role(key, multimodal) } else { hf_role(key, multimodal) };
+                let slot = match role {
+                    Role::Ignored => continue,
+                    Role::Whole(canonical) => whole.entry(canonical).or_default(),
+                    Role::Piece(canonical, expert, part) => {
+                        pieces.entry(canonical).or_default().entry((expert, part)).or_default()
+                    }
+                };
+                let place = if is_scale { &mut slot.scale } else { &mut slot.weight };
+                if let Some(other) = place.replace(Place { shard: index, key: key.clone() }) {
+                    return Err(Error::Tensor {
+                        file: shard.path.clone(),
+                        key: key.clone(),
+                        problem: format!(
+                            "the same parameter is stored as `{}` in {}",
+                            other.key,
+                            shards[other.shard].path.display()
+                        ),
+                    });
+                }
+            }
+        }
+        Ok(Sources { shards, whole, pieces, native, multimodal })
+    }
+
+    pub(crate) fn entry(&self, place: &Place) -> &Entry {
+        &self.shards[place.shard].entries[&place.key]
+    }
+
+    pub(crate) fn path(&self, place: &Place) -> &Path {
+        &self.shards[place.shard].path
+    }
+
+    pub(crate) fn bytes(&self, place: &Place) -> &[u8] {
+        self.shards[place.shard].bytes(self.entry(place))
+    }
+
+    /// The shape a stack of experts has when its parts are put together; `None` when they do not fit.
+    pub(crate) fn stacked_shape(&self, pieces: &Pieces) -> Option<Vec<usize>> {
+        let shape = |slot: &Slot| match self.entry(slot.weight.as_ref()?).shape.as_slice() {
+            &[rows, columns] => Some((rows, columns)),
+            _ => None,
+        };
+        let experts = pieces.keys().map(|(expert, _)| *expert).max()?.checked_add(1)?;
+        let parts = pieces.keys().map(|(_, part)| part + 1).max()?;
+        if pieces.len() != experts.checked_mul(parts)? {
+            return None;
+        }
+        let first: Vec<_> = (0..parts).map(|part| shape(pieces.get(&(0, part))?)).collect::<Option<_>>()?;
+        let columns = first[0].1;
+        let same = pieces.iter().all(|(&(_, part), slot)| shape(slot) == Some(first[part]));
+        let rows = first.iter().map(|(rows, _)| rows).sum();
+        (same && first.iter().all(|part| part.1 == columns)).then(|| vec![experts, rows, columns])
+    }
+}
+
+/// The role of a key in Hugging Face's form, and whether it is a scale.
+fn hf_role(key: &str, multimodal: bool) -> (Role, bool) {
+    if key.ends_with("activation_scale") {
+        return (Role::Ignored, false);
+    }
+    let (key, is_scale) = match key.strip_suffix("_scale_inv") {
+        Some(key) => (key, true),
+        None => (key, false),
+    };
+    let canonical = names::canonical(key, multimodal);
+    let role = match expert_part(&canonical) {
+        Some((stack, expert, part)) => Role::Piece(stack, expert, part),
+        None => Role::Whole(canonical.into_owned()),
+    };
+    (role, is_scale)
+}
+
+/// Takes `...mlp.experts.3.gate_proj.weight` apart, the form that related models are stored in.
+fn expert_part(key: &str) -> Option<(String, usize, usize)> {
+    let (prefix, rest) = key.split_once(".mlp.experts.")?;
+    let (expert, module) = rest.split_once('.')?;
+    let number: usize = expert.parse().ok().filter(|number: &usize| number.to_string() == expert)?;
+    let (stack, part) = match module {
+        "gate_proj.weight" => ("gate_up_proj", 0),
+        "up_proj.weight" => ("gate_up_proj", 1),
+        "down_proj.weight" => ("down_proj", 0),
+        _ => return None,
+    };
+    Some((format!("{prefix}.mlp.experts.{stack}"), number, part))
+}
+
+/// The role of a key in Mistral's own form, and whether it is a scale.
+fn native_role(key: &str, multimodal: bool) -> (Role, bool) {
+    if key.ends_with(".qscale_act") {
+        return (Role::Ignored, false);
+    }
+    let (name, is_scale) = match key.strip_suffix(".qscale_weight") {
+        Some(module) => (format!("{module}.weight"), true),
+        None => (key.to_owned(), false),
+    };
+    let role = match native_names::to_canonical(&name, multimodal) {
+        Some(NativeName::Tensor(canonical)) => Role::Whole(canonical),
+        Some(NativeName::Expert { key, expert, part }) => Role::Piece(key, expert, part),
+        // Kept under its own name, it is reported as extra.
+        None => Role::Whole(key.to_owned()),
+    };
+    (role, is_scale)
+}
+
+/// The weight files of a folder, and whether they are Mistral's own form. Hugging Face's form is taken first.
+fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, bool)> {
+    for (stem, native) in [("model", false), ("consolidated", true)] {
+        let index = folder.join(format!("{stem}.safetensors.index.json"));
+        if index.is_file() {
+            return Ok((indexed(folder, &index)?, native));
+        }
+        let single = folder.join(format!("{stem}.safetensors"));
+        if single.is_file() {
+            return Ok((vec![single], native));
+        }
+        if native {
+            let shards = numbered(folder, stem)?;
+            if !shards.is_empty() {
+                return Ok((shards, native));
+            }
+        }
+    }
+    Err(Error::NotAModel {
+        path: folder.to_path_buf(),
+        problem:
+            "the folder has no model.safetensors, model.safetensors.index.json or consolidated*.safetensors"
+                .into(),
+        fix: "give the folder of a checkpoint; pickled .bin weights must be converted first".into(),
+    })
+}
+
+/// The shards an index names.
+fn indexed(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let error = |problem: String| Error::Header { file: index.to_path_buf(), problem };
+    let value = json::read(index)?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| error("there is no object `weight_map`".into()))?;
+    let mut by_file: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (key, file) in map {
+        let file = file.as_str().ok_or_else(|| error(format!("`{key}` names no file")))?;
+        if Path::new(file).file_name().and_then(|name| name.to_str()) != Some(file) {
+            return Err(error(format!("`{key}` is said to be in `{file}`, which is not a file name")));
+        }
+        by_file.entry(file).or_default().push(key);
+    }
+    let missing: Vec<String> =
+        by_file.keys().filter(|file| !folder.join(file).is_file()).map(|&file| file.to_owned()).collect();
+    if !missing.is_empty() {
+        return Err(Error::MissingShards { index: index.to_path_buf(), missing, total: by_file.len() });
+    }
+    for (file, keys) in &by_file {
+        let path = folder.join(file);
+        let shard = Shard::open(&path)?;
+        if let Some(&key) = keys.iter().find(|&&key| !shard.entries.contains_key(key)) {
+            return Err(Error::Tensor {
+                file: path,
+                key: key.to_owned(),
+                problem: format!("it is not there, though {} says so", index.display()),
+            });
+        }
+    }
+    Ok(by_file.keys().map(|file| folder.join(file)).collect())
+}
+
+/// The shards `stem-0000i-of-0000n.safetensors`, all of which must be there.
+fn numbered(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
+    let mut found = BTreeSet::new();
+    let mut total = None;
+    for item in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
+        let item = item.map_err(Error::io(folder, "list"))?;
+        let name = item.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let Some(numbers) = name.strip_prefix(stem).and_then(|rest| rest.strip_suffix(".safetensors")) else {
+            continue;
+        };
+        let parsed = numbers.strip_prefix('-').and_then(|rest| rest.split_once("-of-"));
+        if let Some((number, of)) = parsed
+            && let (Ok(number), Ok(of)) = (number.parse::<usize>(), of.parse::<usize>())
+        {
+            found.insert((number, name.to_owned()));
+            total = Some(of);
+            continue;
+        }
+        found.insert((found.len(), name.to_owned()));
+    }
+    if let Some(total) = total
+        && found.len() != total
+    {
+        let present: BTreeSet<usize> = found.iter().map(|(number, _)| *number).collect();
+        let missing: Vec<String> = (1..=total.min(10_000))
+            .filter(|number| !present.contains(number))
+            .map(|number| format!("{stem}-{number:05}-of-{total:05}.safetensors"))
+            .collect();
+        return Err(Error::MissingShards {
+            index: folder.join(format!("{stem}*.safetensors")),
+            missing,
+            total,
+        });
+    }
+    Ok(found.into_iter().map(|(_, name)| folder.join(name)).collect())
+}
