@@ -1,1 +1,44 @@
 //! CPU kernels on raw slices: matrix products, experts, attention, norms, losses, optimiser steps.
+//!
+//! Every operation is a free function on slices, with its sizes passed in and its outputs passed as
+//! `&mut` slices that it overwrites. `<op>_backward` takes the inputs of `<op>` and the gradient of its
+//! output. [`reference`] holds a plain twin of each, which the tests compare against.
+//!
+//! Shape letters: T tokens, D hidden, N heads, H head dim, E experts, K experts per token, F expert inner
+//! size, V vocabulary. All matrices are row-major and contiguous unless a stride is named.
+//!
+//! Results do not depend on the number of threads: work is cut into pieces by shape alone, and no float is
+//! ever added from two threads.
+
+mod attention;
+mod element;
+mod experts;
+mod gemm;
+mod isa;
+mod loss;
+mod norm;
+mod optimizer;
+mod parallel;
+mod rope;
+mod router;
+mod scratch;
+mod vector;
+
+pub mod reference;
+
+pub use attention::{
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, Segment, attention, attention_backward,
+};
+pub use element::{Element, Index};
+pub use experts::{Activation, ExpertDims, ExpertGrads, Experts, moe_experts, moe_experts_backward};
+pub use gemm::{
+    GemmDims, LinearDims, Matrix, MatrixMut, gemm, linear, linear_backward_input, linear_backward_weight,
+};
+pub use isa::{Isa, IsaError};
+pub use loss::{IGNORE_INDEX, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, linear_cross_entropy};
+pub use norm::{RmsNormSaved, rms_norm, rms_norm_backward};
+pub use optimizer::{AdamW, AdamWState, adamw_step, adamw_step_master, scale, sum_of_squares};
+pub use rope::{RopeDims, rope, rope_backward};
+pub use router::{RouterDims, Routing, RoutingGrads, route, route_backward};
+
+pub use half::bf16;

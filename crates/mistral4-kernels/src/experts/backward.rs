@@ -1,0 +1,272 @@
+//! Backward pass of the routed experts; the inner activations are computed again, not kept.
+use super::forward::{activate, gelu_tanh_argument, scatter};
+use super::groups::Groups;
+use super::{Activation, ExpertDims, Experts};
+use crate::element::{Element, Index};
+use crate::gemm::{Bf16Pair, MR, NR, Panel, multiply_tile, pack_lanes, pack_rows, pairs, tile_rows};
+use crate::isa::Isa;
+use crate::parallel::{self, Shared};
+use crate::scratch::{self, Scratch};
+use crate::vector::{LANES, erf, exp, per_isa, reduce, sigmoid, tanh};
+use std::ops::Range;
+
+/// Where [`moe_experts_backward`] writes gradients; those that are `None` are not computed.
+#[derive(Debug)]
+pub struct ExpertGrads<'a, X, W> {
+    /// Gradient of the tokens, `[T, D]`.
+    pub x: Option<&'a mut [X]>,
+    /// Gradient of the routing weights, `[T, K]`.
+    pub weights: Option<&'a mut [f32]>,
+    /// Gradient of gate and up, `[E, 2F, D]`.
+    pub gate_up: Option<&'a mut [W]>,
+    /// Gradient of down, `[E, D, F]`.
+    pub down: Option<&'a mut [W]>,
+}
+
+/// Gradients of [`moe_experts`](super::moe_experts), overwriting those asked for.
+///
+/// Experts without tokens get zero gradients.
+///
+/// # Shapes
+/// See [`Experts`] and [`ExpertGrads`]; `dout`: `[T, D]`.
+///
+/// # Panics
+/// When a slice has the wrong length or an index is not in `0..E`.
+pub fn moe_experts_backward<X: Element, W: Element, I: Index>(
+    experts: &Experts<'_, X, W, I>,
+    dout: &[X],
+    grads: ExpertGrads<'_, X, W>,
+) {
+    experts.check();
+    assert_eq!(dout.len(), experts.x.len(), "dout is [T, D]");
+    let check = |len: Option<usize>, expected: usize, name: &str| {
+        assert!(len.is_none_or(|len| len == expected), "the gradient of {name} has its shape");
+    };
+    check(grads.x.as_ref().map(|g| g.len()), experts.x.len(), "x");
+    check(grads.weights.as_ref().map(|g| g.len()), experts.weights.len(), "weights");
+    check(grads.gate_up.as_ref().map(|g| g.len()), experts.gate_up.len(), "gate_up");
+    check(grads.down.as_ref().map(|g| g.len()), experts.down.len(), "down");
+    let isa = Isa::active();
+    if pairs::<X, W>(isa) {
+        backward::<Bf16Pair, X, W, I>(isa, experts, dout, grads);
+    } else {
+        backward::<f32, X, W, I>(isa, experts, dout, grads);
+    }
+}
+
+fn backward<P: Panel, X: Element, W: Element, I: Index>(
+    isa: Isa,
+    experts: &Experts<'_, X, W, I>,
+    dout: &[X],
+    grads: ExpertGrads<'_, X, W>,
+) {
+    let ExpertDims { top_k, experts: count, hidden, inter, .. } = experts.dims;
+    let groups = Groups::new(experts.indices, top_k, count);
+    let dout_row = |token: usize| &dout[token * hidden..][..hidden];
+
+    // `[rows, 2F]` gate and up, which become their gradients; `[rows, F]` gradient of the weighted inner
+    // activation, which becomes that activation.
+    let mut gate_up = {
+        let x = groups.pack_left::<P, X>(hidden, |row| experts.x_row(groups.token(row)));
+        rows_product::<P>(isa, &groups, &x, hidden, 2 * inter, |expert, cols, right| {
+            let lane = |i: usize| experts.gate_up_row(expert, cols.start + i);
+            pack_lanes(hidden, cols.len(), NR, lane, right);
+        })
+    };
+    let mut inner = {
+        let dout = groups.pack_left::<P, X>(hidden, |row| dout_row(groups.token(row)));
+        rows_product::<P>(isa, &groups, &dout, hidden, inter, |expert, cols, right| {
+            let row = |k: usize| &experts.down_row(expert, k)[cols.start..];
+            pack_rows(hidden, cols.len(), NR, row, right);
+        })
+    };
+    differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
+
+    if let Some(dx) = grads.x {
+        let left = groups.pack_left::<P, f32>(2 * inter, |row| &gate_up[row * 2 * inter..]);
+        let steps = (2 * inter).div_ceil(P::STEP);
+        scatter(
+            &groups,
+            dx,
+            hidden,
+            |cols, add| {
+                let pack = |expert: usize, right: &mut [P]| {
+                    let row = |k: usize| &experts.gate_up_row(expert, k)[cols.start..];
+                    pack_rows(2 * inter, cols.len(), NR, row, right);
+                };
+                groups.multiply(isa, &left, steps, pack, |rows, tile| add(rows, tile));
+            },
+            |_| 1.0,
+        );
+    }
+    if let Some(dgate_up) = grads.gate_up {
+        let left = |row: usize| &gate_up[row * 2 * inter..][..2 * inter];
+        let right = |row: usize| experts.x_row(groups.token(row));
+        weight_product::<P, _, _, _>(isa, &groups, [2 * inter, hidden], left, right, dgate_up);
+    }
+    if let Some(ddown) = grads.down {
+        let left = |row: usize| dout_row(groups.token(row));
+        let right = |row: usize| &inner[row * inter..][..inter];
+        weight_product::<P, _, _, _>(isa, &groups, [hidden, inter], left, right, ddown);
+    }
+}
+
+/// `[rows, columns]` product of packed sorted rows with a matrix of each expert.
+fn rows_product<P: Panel>(
+    isa: Isa,
+    groups: &Groups,
+    left: &[P],
+    depth: usize,
+    columns: usize,
+    pack_right: impl Fn(usize, Range<usize>, &mut [P]) + Sync + Send,
+) -> Scratch<f32> {
+    let mut out = scratch::take::<f32>(groups.rows() * columns);
+    let shared = Shared::new(&mut out);
+    parallel::for_each_chunk(columns, NR, |cols| {
+        let pack = |expert: usize, right: &mut [P]| pack_right(expert, cols.clone(), right);
+        groups.multiply(isa, left, depth.div_ceil(P::STEP), pack, |rows, tile| {
+            for (row, sums) in rows.zip(tile.as_chunks::<NR>().0) {
+                let start = row * columns + cols.start;
+                // SAFETY: each task owns its columns.
+                let target = unsafe { shared.slice(start..start + cols.len()) };
+                target.copy_from_slice(&sums[..cols.len()]);
+            }
+        });
+    });
+    out
+}
+
+/// `out[e] = left[rows of e]^T right[rows of e]`, `[m, n]` for each expert, zero for unused experts.
+fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
+    isa: Isa,
+    groups: &Groups,
+    [m, n]: [usize; 2],
+    left: impl Fn(usize) -> &'a [L] + Sync + Send,
+    right: impl Fn(usize) -> &'a [R] + Sync + Send,
+    out: &mut [W],
+) {
+    let mut used = groups.used.iter().map(|(expert, _)| *expert).peekable();
+    for (expert, out) in out.chunks_exact_mut(m * n).enumerate() {
+        if used.next_if_eq(&expert).is_none() {
+            out.fill(W::default());
+        }
+    }
+    let out = Shared::new(out);
+    let tiles = m.div_ceil(MR);
+    for (expert, rows) in &groups.used {
+        let depth = rows.len();
+        let steps = depth.div_ceil(P::STEP);
+        let mut packed = scratch::take::<P>(m * steps);
+        let shared = Shared::new(&mut packed);
+        parallel::for_each_chunk(tiles, 8, |chunk| {
+            for tile in chunk.map(|i| tile_rows(m, i)) {
+                // SAFETY: tiles are disjoint ranges of rows.
+                let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
+                let row = |k: usize| &left(rows.start + k)[tile.start..];
+                pack_rows(depth, tile.len(), tile.len(), row, out);
+            }
+        });
+        let packed = &*packed;
+        parallel::for_each_chunk(n, NR, |cols| {
+            let mut panel = scratch::take::<P>(steps * NR);
+            pack_rows(depth, cols.len(), NR, |k| &right(rows.start + k)[cols.start..], &mut panel);
+            let mut sums = [0.0f32; MR * NR];
+            for tile in (0..tiles).map(|i| tile_rows(m, i)) {
+                let left = &packed[tile.start * steps..tile.end * steps];
+                multiply_tile(isa, left, &panel, tile.len(), &mut sums);
+                for (row, sums) in tile.zip(sums.as_chunks::<NR>().0) {
+                    let start = (expert * m + row) * n + cols.start;
+                    // SAFETY: each task owns its columns.
+                    let target = unsafe { out.slice(start..start + cols.len()) };
+                    for (target, sum) in target.iter_mut().zip(sums) {
+                        *target = W::from_f32(*sum);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Turns gate and up into their gradients, and the inner gradient into the weighted inner activation.
+fn differentiate<X: Element, W: Element, I: Index>(
+    isa: Isa,
+    experts: &Experts<'_, X, W, I>,
+    groups: &Groups,
+    gate_up: &mut [f32],
+    inner: &mut [f32],
+    dweights: Option<&mut [f32]>,
+) {
+    let inter = experts.dims.inter;
+    let (gate_up, inner) = (Shared::new(gate_up), Shared::new(inner));
+    let dweights = dweights.map(Shared::new);
+    parallel::for_each_chunk(groups.rows(), 16, |rows| {
+        for row in rows {
+            let slot = groups.slot(row);
+            // SAFETY: each task owns its rows, and each row has its own slot.
+            unsafe {
+                let gate_up = gate_up.slice(row * 2 * inter..(row + 1) * 2 * inter);
+                let inner = inner.slice(row * inter..(row + 1) * inter);
+                let (gate, up) = gate_up.split_at_mut(inter);
+                let row = InnerRow { gate, up, inner, weight: experts.weights[slot] };
+                let dweight = differentiate_row(isa, experts.activation, row);
+                if let Some(dweights) = &dweights {
+                    dweights.slice(slot..slot + 1)[0] = dweight;
+                }
+            }
+        }
+    });
+}
+
+struct InnerRow<'a> {
+    gate: &'a mut [f32],
+    up: &'a mut [f32],
+    inner: &'a mut [f32],
+    weight: f32,
+}
+
+per_isa! {
+    fn differentiate_row(activation: Activation, row: InnerRow<'_>) -> f32 = differentiate_row_body;
+}
+
+#[inline(always)]
+fn differentiate_row_body<const FMA: bool>(activation: Activation, row: InnerRow<'_>) -> f32 {
+    use Activation::{Gelu, GeluTanh, Relu, Silu};
+    match activation {
+        Silu => differentiate_with(row, |x| {
+            let s = sigmoid::<FMA>(x);
+            (x * s, s * (1.0 + x * (1.0 - s)))
+        }),
+        Gelu => differentiate_with(row, |x| {
+            let cdf = 0.5 * (1.0 + erf::<FMA>(x * std::f32::consts::FRAC_1_SQRT_2));
+            let pdf = 0.398_942_3 * exp::<FMA>(-0.5 * x * x);
+            (x * cdf, cdf + x * pdf)
+        }),
+        GeluTanh => differentiate_with(row, |x| {
+            let t = tanh::<FMA>(gelu_tanh_argument(x));
+            let slope = 0.797_884_6 * (1.0 + 3.0 * 0.044_715 * x * x);
+            (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope)
+        }),
+        Relu => differentiate_with(row, |x| (activate::<FMA>(Relu, x), if x > 0.0 { 1.0 } else { 0.0 })),
+    }
+}
+
+/// `value_and_slope(gate)` gives the activation and its derivative; returns the gradient of the weight.
+#[inline(always)]
+fn differentiate_with(row: InnerRow<'_>, value_and_slope: impl Fn(f32) -> (f32, f32)) -> f32 {
+    let InnerRow { gate, up, inner, weight } = row;
+    let mut dweight = [0.0f32; LANES];
+    let chunks = gate.chunks_mut(LANES).zip(up.chunks_mut(LANES)).zip(inner.chunks_mut(LANES));
+    for ((gate, up), inner) in chunks {
+        let values = gate.iter_mut().zip(up).zip(inner).zip(&mut dweight);
+        for (((gate, up), inner), dweight) in values {
+            let (value, slope) = value_and_slope(*gate);
+            let gradient = *inner * weight;
+            let activation = value * *up;
+            *dweight += activation * *inner;
+            *inner = weight * activation;
+            *gate = gradient * *up * slope;
+            *up = gradient * value;
+        }
+    }
+    reduce(dweight)
+}

@@ -1,0 +1,111 @@
+//! Tokens sorted by expert, and products of the groups.
+use crate::element::{Element, Index};
+use crate::gemm::{MR, NR, Panel, multiply_tile, pack_lanes, tile_rows};
+use crate::isa::Isa;
+use crate::parallel::{self, Shared};
+use crate::scratch::{self, Scratch};
+use std::ops::Range;
+
+/// Token slots (`token * K + k`) sorted by expert; slots of one expert stay in token order.
+pub(super) struct Groups {
+    /// Sorted row -> slot.
+    slots: Vec<u32>,
+    top_k: usize,
+    /// Experts with tokens and their sorted rows.
+    pub(super) used: Vec<(usize, Range<usize>)>,
+    /// Rows of every left tile, expert after expert.
+    tiles: Vec<Range<usize>>,
+    /// Tiles of each entry of `used`.
+    tiles_of: Vec<Range<usize>>,
+}
+
+impl Groups {
+    pub(super) fn new<I: Index>(indices: &[I], top_k: usize, experts: usize) -> Self {
+        let expert_of = |i: &I| {
+            let e = usize::try_from(i.to_i64()).unwrap_or(usize::MAX);
+            assert!(e < experts, "expert index {i:?} is not in 0..{experts}");
+            e
+        };
+        let mut offsets = vec![0usize; experts + 1];
+        for i in indices {
+            offsets[expert_of(i) + 1] += 1;
+        }
+        for e in 0..experts {
+            offsets[e + 1] += offsets[e];
+        }
+        let mut next = offsets.clone();
+        let mut slots = vec![0u32; indices.len()];
+        for (slot, i) in indices.iter().enumerate() {
+            let e = expert_of(i);
+            slots[next[e]] = u32::try_from(slot).expect("fewer than 2^32 token slots");
+            next[e] += 1;
+        }
+        let used: Vec<_> = (0..experts)
+            .map(|e| (e, offsets[e]..offsets[e + 1]))
+            .filter(|(_, rows)| !rows.is_empty())
+            .collect();
+        let (mut tiles, mut tiles_of) = (Vec::new(), Vec::new());
+        for (_, rows) in &used {
+            let first = tiles.len();
+            for i in 0..rows.len().div_ceil(MR) {
+                let tile = tile_rows(rows.len(), i);
+                tiles.push(rows.start + tile.start..rows.start + tile.end);
+            }
+            tiles_of.push(first..tiles.len());
+        }
+        Self { slots, top_k, used, tiles, tiles_of }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn slot(&self, row: usize) -> usize {
+        self.slots[row] as usize
+    }
+
+    pub(super) fn token(&self, row: usize) -> usize {
+        self.slot(row) / self.top_k
+    }
+
+    /// Packs every sorted row (`depth` elements each) as left tiles.
+    pub(super) fn pack_left<'a, P: Panel, T: Element>(
+        &self,
+        depth: usize,
+        row: impl Fn(usize) -> &'a [T] + Sync + Send,
+    ) -> Scratch<P> {
+        let steps = depth.div_ceil(P::STEP);
+        let mut left = scratch::take(self.rows() * steps);
+        let shared = Shared::new(&mut left);
+        parallel::for_each(self.tiles.len(), |i| {
+            let tile = self.tiles[i].clone();
+            // SAFETY: tiles are disjoint ranges of rows.
+            let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
+            pack_lanes(depth, tile.len(), tile.len(), |lane| row(tile.start + lane), out);
+        });
+        left
+    }
+
+    /// Multiplies the left tiles of every used expert with a right panel of that expert.
+    ///
+    /// `finish(rows, tile)` receives sums in rows of [`NR`], in the order of experts and rows.
+    pub(super) fn multiply<P: Panel>(
+        &self,
+        isa: Isa,
+        left: &[P],
+        steps: usize,
+        pack_right: impl Fn(usize, &mut [P]),
+        mut finish: impl FnMut(Range<usize>, &mut [f32]),
+    ) {
+        let mut right = scratch::take::<P>(steps * NR);
+        let mut sums = [0.0f32; MR * NR];
+        for ((expert, _), tiles) in self.used.iter().zip(&self.tiles_of) {
+            pack_right(*expert, &mut right);
+            for tile in &self.tiles[tiles.clone()] {
+                let left = &left[tile.start * steps..tile.end * steps];
+                multiply_tile(isa, left, &right, tile.len(), &mut sums);
+                finish(tile.clone(), &mut sums[..tile.len() * NR]);
+            }
+        }
+    }
+}

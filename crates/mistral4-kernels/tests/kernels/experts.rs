@@ -1,0 +1,173 @@
+//! Routed experts against the plain twin.
+use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
+use mistral4_kernels::{
+    Activation, Element, ExpertDims, ExpertGrads, Experts, Index, bf16, moe_experts, moe_experts_backward,
+    reference,
+};
+
+const SIZES: [ExpertDims; 5] = [
+    ExpertDims { tokens: 1, top_k: 1, experts: 1, hidden: 1, inter: 1 },
+    ExpertDims { tokens: 1, top_k: 2, experts: 5, hidden: 33, inter: 17 },
+    ExpertDims { tokens: 7, top_k: 3, experts: 9, hidden: 40, inter: 31 },
+    ExpertDims { tokens: 50, top_k: 2, experts: 4, hidden: 64, inter: 32 },
+    ExpertDims { tokens: 41, top_k: 4, experts: 64, hidden: 35, inter: 50 },
+];
+
+struct Case<X, W, I> {
+    dims: ExpertDims,
+    x: Vec<X>,
+    indices: Vec<I>,
+    weights: Vec<f32>,
+    gate_up: Vec<W>,
+    down: Vec<W>,
+    dout: Vec<X>,
+}
+
+impl<X: Element, W: Element, I: Index> Case<X, W, I> {
+    fn new(dims: ExpertDims, index: impl Fn(usize) -> I) -> Self {
+        let ExpertDims { tokens, top_k, experts, hidden, inter } = dims;
+        let mut random = Random::new(tokens as u64);
+        // Experts 0 and the last stay empty when there are enough of them.
+        let choices = if experts > 4 { 1..experts - 1 } else { 0..experts };
+        let mut indices = Vec::new();
+        for _ in 0..tokens {
+            let first = random.below(choices.len());
+            indices.extend((0..top_k).map(|k| index(choices.start + (first + k) % choices.len())));
+        }
+        Self {
+            dims,
+            indices,
+            x: random.values(tokens * hidden, 1.0),
+            weights: random.values(tokens * top_k, 1.0),
+            gate_up: random.values(experts * 2 * inter * hidden, 0.5),
+            down: random.values(experts * hidden * inter, 0.5),
+            dout: random.values(tokens * hidden, 1.0),
+        }
+    }
+
+    fn input(&self, activation: Activation) -> Experts<'_, X, W, I> {
+        Experts {
+            dims: self.dims,
+            activation,
+            x: &self.x,
+            indices: &self.indices,
+            weights: &self.weights,
+            gate_up: &self.gate_up,
+            down: &self.down,
+        }
+    }
+}
+
+fn compare<X: Element, W: Element, I: Index>(index: impl Fn(usize) -> I + Copy) {
+    for dims in SIZES {
+        let case = Case::<X, W, I>::new(dims, index);
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let input = case.input(activation);
+            let (mut got, mut want) = (poison::<X>(case.x.len()), poison::<X>(case.x.len()));
+            moe_experts(&input, &mut got);
+            reference::moe_experts(&input, &mut want);
+            assert_close(&format!("{activation:?} {dims:?}"), &got, &want, tolerance::<X>());
+
+            let mut got = Grads::new(&case);
+            moe_experts_backward(&input, &case.dout, got.all());
+            let mut want = Grads::new(&case);
+            reference::moe_experts_backward(&input, &case.dout, want.all());
+            let what = |name| format!("{name} {activation:?} {dims:?}");
+            let bf16 = tolerance::<X>().max(tolerance::<W>());
+            assert_close(&what("dx"), &got.x, &want.x, tolerance::<X>());
+            assert_close(&what("dweights"), &got.weights, &want.weights, tolerance::<X>());
+            assert_close(&what("dgate_up"), &got.gate_up, &want.gate_up, bf16);
+            assert_close(&what("ddown"), &got.down, &want.down, bf16);
+        }
+    }
+}
+
+struct Grads<X, W> {
+    x: Vec<X>,
+    weights: Vec<f32>,
+    gate_up: Vec<W>,
+    down: Vec<W>,
+}
+
+impl<X: Element, W: Element> Grads<X, W> {
+    fn new<I>(case: &Case<X, W, I>) -> Self {
+        Self {
+            x: poison(case.x.len()),
+            weights: poison(case.weights.len()),
+            gate_up: poison(case.gate_up.len()),
+            down: poison(case.down.len()),
+        }
+    }
+
+    fn all(&mut self) -> ExpertGrads<'_, X, W> {
+        ExpertGrads {
+            x: Some(&mut self.x),
+            weights: Some(&mut self.weights),
+            gate_up: Some(&mut self.gate_up),
+            down: Some(&mut self.down),
+        }
+    }
+}
+
+#[test]
+fn f32_experts() {
+    on_each_isa(|_| compare::<f32, f32, i32>(|i| i as i32));
+}
+
+#[test]
+fn bf16_experts() {
+    on_each_isa(|_| {
+        compare::<bf16, bf16, i64>(|i| i as i64);
+        compare::<f32, bf16, i32>(|i| i as i32);
+    });
+}
+
+#[test]
+fn gradients_not_asked_for_change_nothing() {
+    let case = Case::<f32, f32, i32>::new(SIZES[2], |i| i as i32);
+    let input = case.input(Activation::Silu);
+    let mut all = Grads::new(&case);
+    moe_experts_backward(&input, &case.dout, all.all());
+    let mut some = Grads::new(&case);
+    moe_experts_backward(
+        &input,
+        &case.dout,
+        ExpertGrads { x: Some(&mut some.x), weights: Some(&mut some.weights), gate_up: None, down: None },
+    );
+    assert_eq!(all.x, some.x);
+    assert_eq!(all.weights, some.weights);
+}
+
+#[test]
+fn no_tokens() {
+    let dims = ExpertDims { tokens: 0, top_k: 2, experts: 3, hidden: 4, inter: 5 };
+    let case = Case::<f32, f32, i32>::new(dims, |i| i as i32);
+    let mut grads = Grads::new(&case);
+    moe_experts(&case.input(Activation::Silu), &mut []);
+    moe_experts_backward(&case.input(Activation::Silu), &case.dout, grads.all());
+    assert!(grads.gate_up.iter().chain(&grads.down).all(|g| *g == 0.0));
+}
+
+#[test]
+#[should_panic(expected = "is not in 0..")]
+fn bad_index_is_refused() {
+    let mut case = Case::<f32, f32, i32>::new(SIZES[1], |i| i as i32);
+    case.indices[1] = 5;
+    moe_experts(&case.input(Activation::Silu), &mut poison(33));
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let case = Case::<bf16, bf16, i32>::new(SIZES[4], |i| i as i32);
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| {
+            let mut out = poison::<bf16>(case.x.len());
+            moe_experts(&case.input(Activation::Silu), &mut out);
+            let mut grads = Grads::new(&case);
+            moe_experts_backward(&case.input(Activation::Silu), &case.dout, grads.all());
+            (out, grads.x, grads.weights, grads.gate_up, grads.down)
+        })
+    };
+    assert!(run(1) == run(3));
+}

@@ -1,0 +1,5 @@
+//! Every kernel against its plain twin, on every instruction set of this processor.
+mod attention;
+mod experts;
+mod gemm;
+mod support;
