@@ -2,6 +2,8 @@
 
 pub mod data;
 mod error;
+pub mod metrics;
+pub mod plot;
 pub mod recipe;
 pub mod schedule;
 
