@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Result with this crate's [`Error`].
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can go wrong with a configuration, a checkpoint folder or the hub; each names the file and the key.
 #[derive(Debug, thiserror::Error)]

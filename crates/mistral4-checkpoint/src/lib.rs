@@ -2,7 +2,10 @@
 
 pub mod config;
 mod error;
+pub mod init;
+pub mod inspect;
 mod json;
 pub mod weights;
 
 pub use error::{Error, Result};
+pub use init::initial_tensor;

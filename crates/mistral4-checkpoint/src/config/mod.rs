@@ -12,6 +12,7 @@ mod rope;
 mod softmax_scale;
 mod vision;
 mod write;
+mod write_native;
 
 pub use file::{ConfigFile, ConfigForm};
 pub use hf::supports_config;

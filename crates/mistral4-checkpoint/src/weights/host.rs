@@ -42,11 +42,7 @@ impl HostTensor {
 
     /// Number of values.
     pub fn len(&self) -> usize {
-        match &self.data {
-            HostData::F32(values) => values.len(),
-            HostData::BF16(values) => values.len(),
-            HostData::F16(values) => values.len(),
-        }
+        self.data.len()
     }
 
     /// Whether it has no values.
@@ -86,23 +82,41 @@ impl HostTensor {
         };
         HostTensor { shape, data }
     }
+}
 
-    /// The values as a file holds them.
-    pub(crate) fn to_le_bytes(&self) -> Vec<u8> {
-        fn bytes<T: Copy + Sync, const N: usize>(values: &[T], to: impl Fn(T) -> [u8; N] + Sync) -> Vec<u8> {
-            const VALUES: usize = 1 << 16;
-            let mut bytes = vec![0; values.len() * N];
-            bytes.par_chunks_mut(VALUES * N).zip(values.par_chunks(VALUES)).for_each(|(bytes, values)| {
-                for (slot, &value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
-                    *slot = to(value);
-                }
-            });
-            bytes
+impl HostData {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        match self {
+            HostData::F32(values) => values.len(),
+            HostData::BF16(values) => values.len(),
+            HostData::F16(values) => values.len(),
         }
-        match &self.data {
-            HostData::F32(values) => bytes(values, f32::to_le_bytes),
-            HostData::BF16(values) => bytes(values, bf16::to_le_bytes),
-            HostData::F16(values) => bytes(values, f16::to_le_bytes),
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// One value as f32.
+    pub(crate) fn get(&self, index: usize) -> f32 {
+        match self {
+            HostData::F32(values) => values[index],
+            HostData::BF16(values) => values[index].to_f32(),
+            HostData::F16(values) => values[index].to_f32(),
+        }
+    }
+
+    /// The values in another order of rows.
+    pub(crate) fn gather_rows(&self, columns: usize, rows: impl Iterator<Item = usize>) -> HostData {
+        fn gather<T: Copy>(values: &[T], columns: usize, rows: impl Iterator<Item = usize>) -> Vec<T> {
+            rows.flat_map(|row| values[row * columns..(row + 1) * columns].iter().copied()).collect()
+        }
+        match self {
+            HostData::F32(values) => HostData::F32(gather(values, columns, rows)),
+            HostData::BF16(values) => HostData::BF16(gather(values, columns, rows)),
+            HostData::F16(values) => HostData::F16(gather(values, columns, rows)),
         }
     }
 }

@@ -150,6 +150,12 @@ pub(crate) fn native_row(row: usize, head_dim: usize) -> usize {
     head * head_dim + 2 * (within % half) + within / half
 }
 
+/// Where a row of the native form is found in the canonical one; undoes [`native_row`].
+pub(crate) fn canonical_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    head * head_dim + (within % 2) * (head_dim / 2) + within / 2
+}
+
 fn split_layer(rest: &str) -> Option<(usize, &str)> {
     let (number, module) = rest.split_once('.')?;
     // Other spellings of the number, such as 01, would make two keys one.
@@ -163,4 +169,46 @@ fn second(table: &[(&str, &'static str)], native: &str) -> Option<&'static str> 
 
 fn first(table: &[(&'static str, &str)], canonical: &str) -> Option<&'static str> {
     table.iter().find(|(_, known)| *known == canonical).map(|(native, _)| *native)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ConfigFile, ConfigOptions};
+    use crate::weights::names::{TensorKind, tensors};
+
+    #[test]
+    fn every_parameter_has_a_native_name_that_leads_back() {
+        let config = ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap().config;
+        for (config, multimodal) in [(config.text_only(), false), (config, true)] {
+            for spec in tensors(&config) {
+                let key = spec.key;
+                if matches!(spec.kind, TensorKind::ExpertsGateUp | TensorKind::ExpertsDown) {
+                    for (part, native) in to_native_expert(&key, 3).unwrap().iter().enumerate() {
+                        let expected = NativeName::Expert { key: key.clone(), expert: 3, part };
+                        assert_eq!(to_canonical(native, multimodal), Some(expected));
+                    }
+                } else {
+                    let native = to_native(&key).unwrap();
+                    assert_eq!(to_canonical(&native, multimodal), Some(NativeName::Tensor(key)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_go_there_and_back() {
+        for row in 0..48 {
+            assert_eq!(canonical_row(native_row(row, 16), 16), row);
+        }
+        // The first head's rows are x0 x2 x4 ... then x1 x3 x5 ... of the native order.
+        assert_eq!((0..4).map(|row| native_row(row, 4)).collect::<Vec<_>>(), [0, 2, 1, 3]);
+    }
+
+    #[test]
+    fn other_keys_are_unknown() {
+        for key in ["layers.00.attention.wq_a.weight", "layers.0.attention.wz.weight", "weight", "a.b"] {
+            assert_eq!(to_canonical(key, false), None, "{key}");
+        }
+    }
 }

@@ -51,8 +51,17 @@ enum Role {
 impl Sources {
     /// Opens every file of a folder and reads the headers.
     pub(crate) fn open(folder: &Path) -> Result<Sources> {
-        let (files, native) = weight_files(folder)?;
-        let shards = files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let WeightFiles { paths, native, listed } = weight_files(folder)?;
+        let shards = paths.iter().map(|path| Shard::open(path)).collect::<Result<Vec<_>>>()?;
+        for (shard, keys) in shards.iter().zip(&listed) {
+            if let Some(key) = keys.iter().find(|key| !shard.entries.contains_key(*key)) {
+                return Err(Error::Tensor {
+                    file: shard.path.clone(),
+                    key: key.clone(),
+                    problem: "it is not there, though the folder's index says so".into(),
+                });
+            }
+        }
         let keys = || shards.iter().flat_map(|shard| shard.entries.keys().map(String::as_str));
         let multimodal = if native {
             keys().any(|key| key.starts_with("vision_encoder."))
@@ -169,21 +178,31 @@ fn native_role(key: &str, multimodal: bool) -> (Role, bool) {
     (role, is_scale)
 }
 
-/// The weight files of a folder, and whether they are Mistral's own form. Hugging Face's form is taken first.
-fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, bool)> {
+/// The weight files of a folder.
+struct WeightFiles {
+    paths: Vec<PathBuf>,
+    /// Whether they are Mistral's own form.
+    native: bool,
+    /// For each file the keys that an index says it holds; empty without an index.
+    listed: Vec<Vec<String>>,
+}
+
+/// Finds the weight files of a folder; Hugging Face's form is taken first.
+fn weight_files(folder: &Path) -> Result<WeightFiles> {
     for (stem, native) in [("model", false), ("consolidated", true)] {
         let index = folder.join(format!("{stem}.safetensors.index.json"));
         if index.is_file() {
-            return Ok((indexed(folder, &index)?, native));
+            let (paths, listed) = indexed(folder, &index)?.into_iter().unzip();
+            return Ok(WeightFiles { paths, native, listed });
         }
         let single = folder.join(format!("{stem}.safetensors"));
         if single.is_file() {
-            return Ok((vec![single], native));
+            return Ok(WeightFiles { paths: vec![single], native, listed: Vec::new() });
         }
         if native {
-            let shards = numbered(folder, stem)?;
-            if !shards.is_empty() {
-                return Ok((shards, native));
+            let paths = numbered(folder, stem)?;
+            if !paths.is_empty() {
+                return Ok(WeightFiles { paths, native, listed: Vec::new() });
             }
         }
     }
@@ -196,39 +215,28 @@ fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, bool)> {
     })
 }
 
-/// The shards an index names.
-fn indexed(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+/// The shards an index names, with the keys it says they hold.
+fn indexed(folder: &Path, index: &Path) -> Result<Vec<(PathBuf, Vec<String>)>> {
     let error = |problem: String| Error::Header { file: index.to_path_buf(), problem };
     let value = json::read(index)?;
     let map = value
         .get("weight_map")
         .and_then(Value::as_object)
         .ok_or_else(|| error("there is no object `weight_map`".into()))?;
-    let mut by_file: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut by_file: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (key, file) in map {
         let file = file.as_str().ok_or_else(|| error(format!("`{key}` names no file")))?;
         if Path::new(file).file_name().and_then(|name| name.to_str()) != Some(file) {
             return Err(error(format!("`{key}` is said to be in `{file}`, which is not a file name")));
         }
-        by_file.entry(file).or_default().push(key);
+        by_file.entry(file).or_default().push(key.clone());
     }
     let missing: Vec<String> =
         by_file.keys().filter(|file| !folder.join(file).is_file()).map(|&file| file.to_owned()).collect();
     if !missing.is_empty() {
         return Err(Error::MissingShards { index: index.to_path_buf(), missing, total: by_file.len() });
     }
-    for (file, keys) in &by_file {
-        let path = folder.join(file);
-        let shard = Shard::open(&path)?;
-        if let Some(&key) = keys.iter().find(|&&key| !shard.entries.contains_key(key)) {
-            return Err(Error::Tensor {
-                file: path,
-                key: key.to_owned(),
-                problem: format!("it is not there, though {} says so", index.display()),
-            });
-        }
-    }
-    Ok(by_file.keys().map(|file| folder.join(file)).collect())
+    Ok(by_file.into_iter().map(|(file, keys)| (folder.join(file), keys)).collect())
 }
 
 /// The shards `stem-0000i-of-0000n.safetensors`, all of which must be there.

@@ -1,0 +1,270 @@
+//! Checkpoints written and read back, in every form and format.
+
+use std::path::Path;
+
+use mistral4_checkpoint::config::{ConfigFile, ConfigForm, ConfigOptions};
+use mistral4_checkpoint::weights::names::{self, TensorKind, TensorSpec};
+use mistral4_checkpoint::weights::{
+    Checkpoint, DType, HostTensor, SaveDType, SaveOptions, SaveReport, StoredDType, convert, fp8, save,
+};
+use mistral4_checkpoint::{Error, initial_tensor};
+
+const F32: SaveDType = SaveDType::Float(DType::F32);
+const BF16: SaveDType = SaveDType::Float(DType::BF16);
+
+fn tiny() -> ConfigFile {
+    ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap()
+}
+
+fn write(folder: &Path, config: &ConfigFile, options: &SaveOptions<'_>) -> SaveReport {
+    save(folder, config, options, |spec| -> Result<_, Error> {
+        Ok(HostTensor::f32(spec.shape.clone(), initial_tensor(spec, &config.config, 5)))
+    })
+    .unwrap()
+}
+
+fn open(folder: &Path) -> Checkpoint {
+    let checkpoint = Checkpoint::open(folder, &ConfigOptions::default()).unwrap();
+    checkpoint.check(&checkpoint.tensors()).unwrap();
+    checkpoint
+}
+
+fn values(checkpoint: &Checkpoint, spec: &TensorSpec) -> Vec<f32> {
+    let host = checkpoint.read(&spec.key, DType::F32).unwrap();
+    assert_eq!(host.shape, spec.shape, "{}", spec.key);
+    host.into_f32()
+}
+
+#[test]
+fn f32_is_bit_equal_in_one_file_and_in_many() {
+    let config = tiny();
+    for (max_shard_size, files) in [(u64::MAX, 1), (100_000, 10)] {
+        let folder = tempfile::tempdir().unwrap();
+        let report = write(
+            folder.path(),
+            &config,
+            &SaveOptions { dtype: F32, max_shard_size, ..SaveOptions::default() },
+        );
+        assert!(report.files.len() >= files, "{:?}", report.files);
+        let checkpoint = open(folder.path());
+        assert_eq!(checkpoint.config(), &config.config);
+        for spec in checkpoint.tensors() {
+            assert_eq!(values(&checkpoint, &spec), initial_tensor(&spec, &config.config, 5), "{}", spec.key);
+        }
+    }
+}
+
+#[test]
+fn the_reference_reader_reads_what_we_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    let report =
+        write(folder.path(), &config, &SaveOptions { dtype: SaveDType::Fp8, ..SaveOptions::default() });
+    let bytes = std::fs::read(&report.files[0]).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let scale = tensors.tensor("language_model.model.layers.1.mlp.experts.gate_up_proj_scale_inv").unwrap();
+    assert_eq!(scale.shape(), [8, 1, 1]);
+    let checkpoint = open(folder.path());
+    for (_, key, dtype, shape, bytes) in checkpoint.stored() {
+        let theirs = tensors.tensor(key).unwrap();
+        assert_eq!(format!("{:?}", theirs.dtype()), dtype.name());
+        assert_eq!((theirs.shape(), theirs.data().len()), (shape, bytes));
+    }
+}
+
+#[test]
+fn bf16_is_bit_equal_through_the_native_form() {
+    let config = tiny();
+    let [hf, native, again] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    write(hf.path(), &config, &SaveOptions::default());
+    let first = open(hf.path());
+    let options = SaveOptions { form: ConfigForm::Native, max_shard_size: 300_000, ..SaveOptions::default() };
+    convert(&first, native.path(), &options).unwrap();
+    let second = open(native.path());
+    assert!(second.is_native());
+    convert(&second, again.path(), &SaveOptions::default()).unwrap();
+    let third = open(again.path());
+    for spec in first.tensors() {
+        let expected = first.read(&spec.key, DType::BF16).unwrap();
+        assert_eq!(second.read(&spec.key, DType::BF16).unwrap(), expected, "{}", spec.key);
+        assert_eq!(third.read(&spec.key, DType::BF16).unwrap(), expected, "{}", spec.key);
+    }
+    let file = |folder: &tempfile::TempDir| std::fs::read(folder.path().join("model.safetensors")).unwrap();
+    assert_eq!(file(&hf), file(&again), "the files themselves are the same");
+}
+
+#[test]
+fn native_rows_of_the_tower_are_in_mistrals_order() {
+    let config = tiny();
+    let [hf, native] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    write(hf.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    let source = open(hf.path());
+    convert(
+        &source,
+        native.path(),
+        &SaveOptions { dtype: F32, form: ConfigForm::Native, ..SaveOptions::default() },
+    )
+    .unwrap();
+    let bytes = std::fs::read(native.path().join("consolidated.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let stored = tensors.tensor("vision_encoder.transformer.layers.0.attention.wk.weight").unwrap();
+    let key = "vision_tower.transformer.layers.0.attention.k_proj.weight";
+    let canonical = source.read(key, DType::F32).unwrap().into_f32();
+    // Heads of 16: native rows 0, 1, 2 are canonical rows 0, 8, 1.
+    for (native, row) in [(0, 0), (1, 8), (2, 1), (17, 24)] {
+        let value = f32::from_le_bytes(stored.data()[native * 32 * 4..][..4].try_into().unwrap());
+        assert_eq!(value, canonical[row * 32]);
+    }
+}
+
+#[test]
+fn fp8_is_within_one_step_and_stays_as_it_is() {
+    let config = tiny();
+    let [eight, native, again] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    write(eight.path(), &config, &SaveOptions { dtype: SaveDType::Fp8, ..SaveOptions::default() });
+    let checkpoint = open(eight.path());
+    let mut quantised = 0;
+    for spec in checkpoint.tensors() {
+        let expected = initial_tensor(&spec, &config.config, 5);
+        let read = values(&checkpoint, &spec);
+        if !spec.is_quantisable() {
+            assert_ne!(checkpoint.stored_dtype(&spec.key), Some(StoredDType::F8E4M3));
+            continue;
+        }
+        quantised += 1;
+        assert_eq!(checkpoint.stored_dtype(&spec.key), Some(StoredDType::F8E4M3), "{}", spec.key);
+        let raw = checkpoint.view(&spec.key).unwrap().unwrap();
+        let scales = raw.scale.unwrap().values;
+        let run = expected.len() / scales.len();
+        for (index, (&expected, &read)) in expected.iter().zip(&read).enumerate() {
+            let scale = scales[index / run];
+            // Three bits of mantissa: a step is an eighth of the power of two below, or the smallest number.
+            let step = (expected / scale).abs().log2().floor().exp2() / 8.0;
+            assert!(
+                (expected - read).abs() <= step.max(1.0 / 512.0) * scale * 0.5001,
+                "{} {index}",
+                spec.key
+            );
+        }
+        for values in expected.chunks(run) {
+            let largest = values.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            assert!(
+                scales.iter().any(|&scale| (scale * fp8::MAX - largest).abs() < 1e-6 * largest),
+                "{}",
+                spec.key
+            );
+        }
+    }
+    assert!(quantised > 20);
+    convert(&checkpoint, again.path(), &SaveOptions { dtype: SaveDType::Fp8, ..SaveOptions::default() })
+        .unwrap();
+    let file = |folder: &tempfile::TempDir| std::fs::read(folder.path().join("model.safetensors")).unwrap();
+    assert!(file(&eight) == file(&again), "codes and scales are copied");
+    let options = SaveOptions { dtype: SaveDType::Fp8, form: ConfigForm::Native, ..SaveOptions::default() };
+    convert(&checkpoint, native.path(), &options).unwrap();
+    let native = open(native.path());
+    for spec in checkpoint.tensors() {
+        assert_eq!(values(&native, &spec), values(&checkpoint, &spec), "{}", spec.key);
+    }
+}
+
+#[test]
+fn the_text_of_a_multimodal_checkpoint_loads_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    write(folder.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    let text = open(folder.path()).text_only();
+    text.check(&text.tensors()).unwrap();
+    let spec =
+        text.tensors().into_iter().find(|spec| spec.key == "model.layers.2.self_attn.o_proj.weight").unwrap();
+    let full = TensorSpec { key: format!("language_model.{}", spec.key), ..spec.clone() };
+    assert_eq!(values(&text, &spec), initial_tensor(&full, &config.config, 5));
+    assert!(text.require_vision().is_err());
+    let alone = tempfile::tempdir().unwrap();
+    convert(&text, alone.path(), &SaveOptions { dtype: F32, ..SaveOptions::default() }).unwrap();
+    let alone = open(alone.path());
+    assert_eq!(values(&alone, &spec), values(&text, &spec));
+    assert_eq!(alone.config().vision, None);
+}
+
+#[test]
+fn a_bias_that_is_not_zero_is_kept_in_f32_with_a_warning() {
+    let config = tiny();
+    for (bias, warnings) in [(0.0, 0), (0.375_000_03_f32, 1)] {
+        let folder = tempfile::tempdir().unwrap();
+        let report = save(folder.path(), &config, &SaveOptions::default(), |spec| -> Result<_, Error> {
+            let mut values = initial_tensor(spec, &config.config, 5);
+            if spec.kind == TensorKind::GateBias {
+                values[3] = -bias;
+            }
+            Ok(HostTensor::f32(spec.shape.clone(), values))
+        })
+        .unwrap();
+        assert_eq!(report.warnings.len(), warnings, "{:?}", report.warnings);
+        let checkpoint = open(folder.path());
+        let spec = checkpoint.tensors().into_iter().find(|spec| spec.kind == TensorKind::GateBias).unwrap();
+        assert_eq!(checkpoint.contains(&spec.key), bias != 0.0);
+        assert_eq!(values(&checkpoint, &spec)[3], -bias);
+    }
+}
+
+#[test]
+fn a_smaller_save_replaces_a_larger_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    write(
+        folder.path(),
+        &config,
+        &SaveOptions { dtype: F32, max_shard_size: 100_000, ..SaveOptions::default() },
+    );
+    let text = config.text_only();
+    write(folder.path(), &text, &SaveOptions { dtype: BF16, ..SaveOptions::default() });
+    let mut names: Vec<String> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|item| item.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["config.json", "generation_config.json", "model.safetensors"]);
+    assert_eq!(open(folder.path()).config(), &text.config);
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_old_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    write(folder.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    let last = names::tensors(&config.config).pop().unwrap().key;
+    let error = save(folder.path(), &config, &SaveOptions::default(), |spec| {
+        if spec.key == last {
+            return Err(Error::UnknownPreset { name: "disk full".into(), known: String::new() });
+        }
+        Ok(HostTensor::f32(spec.shape.clone(), vec![0.0; spec.elements()]))
+    });
+    assert!(error.is_err());
+    let checkpoint = open(folder.path());
+    let spec = &checkpoint.tensors()[0];
+    assert_eq!(values(&checkpoint, spec), initial_tensor(spec, &config.config, 5));
+    let partial = std::fs::read_dir(folder.path()).unwrap().flatten();
+    assert!(partial.into_iter().all(|item| !item.file_name().to_string_lossy().ends_with(".partial")));
+}
+
+#[test]
+fn side_files_and_unknown_keys_are_carried_along() {
+    let [from, to] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let mut config = tiny();
+    config.raw["house_key"] = serde_json::json!({"kept": [1, 2]});
+    write(from.path(), &config, &SaveOptions::default());
+    for name in ["tekken.json", "tokenizer.json", "processor_config.json", "generation_config.json"] {
+        std::fs::write(from.path().join(name), format!("\"{name}\"")).unwrap();
+    }
+    convert(&open(from.path()), to.path(), &SaveOptions { dtype: F32, ..SaveOptions::default() }).unwrap();
+    for name in ["tekken.json", "tokenizer.json", "processor_config.json", "generation_config.json"] {
+        assert_eq!(std::fs::read_to_string(to.path().join(name)).unwrap(), format!("\"{name}\""));
+    }
+    let written = open(to.path());
+    assert_eq!(written.config_file().raw["house_key"], config.raw["house_key"]);
+    assert_eq!(written.config_file().raw["dtype"], "float32");
+    assert!(written.config_file().warnings.iter().any(|warning| warning.contains("house_key")));
+}
