@@ -345,7 +345,7 @@ mod tests {
             lr: if i < 50 {
                 2e-3 * i as f64 / 50.0
             } else {
-                1e-3 * (1.0 + (i as f64 / steps as f64 * 3.1416).cos())
+                1e-3 * (1.0 + (i as f64 / steps as f64 * std::f64::consts::PI).cos())
             },
             mem: 0.4,
             tps: 9000.0,

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{IGNORE_INDEX, Sample, SampleImage};
+use mistral4_processor::ProcessedImage;
+
+use super::{IGNORE_INDEX, Sample};
 
 /// How the tokens of a batch lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +37,7 @@ pub struct Batch {
     /// How the tokens lie.
     pub layout: BatchLayout,
     /// Images in the order of their tokens.
-    pub images: Vec<Arc<SampleImage>>,
+    pub images: Vec<Arc<ProcessedImage>>,
     /// Tokens without padding.
     pub num_tokens: usize,
     /// Positions that are learned.

@@ -3,18 +3,27 @@
 //! A [`Dataset`] gives one [`Sample`] for an index; a [`Loader`] decides which indices make a [`Batch`].
 
 mod batch;
+mod chat;
 mod jsonl;
 mod loader;
 mod mock;
+pub mod optdigits;
 mod order;
 mod pretokenized;
+mod source;
+mod text;
 
 use std::sync::Arc;
 
 pub use batch::{Batch, BatchLayout};
+pub use chat::ChatDataset;
 pub use loader::{Loader, LoaderOptions, LoaderState, Skipped, StepBatches};
 pub use mock::MockDataset;
 pub use pretokenized::PretokenizedJsonl;
+pub use source::{DataContext, learn_tokenizer, open};
+pub use text::TextDataset;
+
+use mistral4_processor::ProcessedImage;
 
 use crate::error::Result;
 
@@ -29,18 +38,7 @@ pub struct Sample {
     /// What position `t` should predict, or [`IGNORE_INDEX`], `[S]`.
     pub labels: Vec<i64>,
     /// Images in the order of their tokens.
-    pub images: Vec<Arc<SampleImage>>,
-}
-
-/// An image as the vision tower takes it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SampleImage {
-    /// Normalised values, `[3, height, width]`.
-    pub pixel_values: Vec<f32>,
-    /// Height in pixels.
-    pub height: usize,
-    /// Width in pixels.
-    pub width: usize,
+    pub images: Vec<Arc<ProcessedImage>>,
 }
 
 impl Sample {

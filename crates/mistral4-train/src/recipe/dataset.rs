@@ -33,6 +33,8 @@ pub enum DatasetConfig {
     OptDigits {
         /// Train or held-out part.
         split: Split,
+        /// Side of an image, in pixels.
+        image_size: u32,
     },
     /// Random tokens, for benchmarks.
     Mock {
@@ -63,7 +65,7 @@ pub struct ChatDatasetConfig {
     pub paths: Vec<PathBuf>,
     /// Rows `[start, end)` of all rows, from a split such as `train[128:]`.
     pub rows: (Option<usize>, Option<usize>),
-    /// Rows with more tokens are cut (`truncation`) or refused.
+    /// Rows with more tokens are cut where `truncation` is on.
     pub seq_length: Option<usize>,
     /// Whether long rows are cut.
     pub truncation: bool,
@@ -86,13 +88,27 @@ pub struct TextDatasetConfig {
     pub split: Option<Split>,
 }
 
+/// Where the tokenizer comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// It lies beside the model's weights or configuration.
+    Model,
+    /// A folder, a file or a hub id.
+    Path(String),
+    /// It is learned from the training texts.
+    Learned {
+        /// Most entries, control tokens and bytes included.
+        vocab_size: usize,
+    },
+}
+
 /// A data set with what all data sets share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DatasetSection {
     /// Where samples come from.
     pub source: DatasetConfig,
-    /// Tokenizer, where it is not the model's: a folder, a file or a hub id.
-    pub tokenizer: Option<String>,
+    /// Tokenizer.
+    pub tokenizer: TokenizerSource,
     /// What to do with unusable rows.
     pub on_error: OnError,
     /// Only the first rows are used.
@@ -175,6 +191,7 @@ impl DatasetSection {
                 split: s
                     .name("split", "train, or the last fifth of the images", &SPLITS)?
                     .unwrap_or(Split::Train),
+                image_size: read_image_size(&mut s)?,
             },
             Target::Mock => DatasetConfig::Mock {
                 vocab_size: s.count("vocab_size", "random ids are drawn below this")?.unwrap_or(1024),
@@ -200,6 +217,15 @@ impl DatasetSection {
         };
         s.finish()?;
         Ok(Some(section))
+    }
+}
+
+fn read_image_size(s: &mut Section<'_>) -> Result<u32> {
+    match s.count("image_size", "side of an image, in pixels")? {
+        Some(side) if !(8..=1024).contains(&side) => {
+            Err(s.refuse("image_size", "a side of 8 to 1024 pixels"))
+        }
+        side => Ok(side.unwrap_or(32) as u32),
     }
 }
 
@@ -235,7 +261,7 @@ fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
     let config = ChatDatasetConfig {
         paths,
         rows,
-        seq_length: s.count("seq_length", "most tokens of a row")?,
+        seq_length: s.count("seq_length", "rows with more tokens are cut where truncation is on")?,
         truncation: truncation.unwrap_or(false),
         mask_history: s.bool("mask_history", "only the last answer is learned")?.unwrap_or(false),
         mask_reasoning_content: s
@@ -299,26 +325,32 @@ fn read_hub(s: &mut Section<'_>) {
     );
 }
 
-fn read_tokenizer(s: &mut Section<'_>) -> Result<Option<String>> {
+fn read_tokenizer(s: &mut Section<'_>) -> Result<TokenizerSource> {
+    const NAMES: [(&str, bool); 5] = [
+        ("transformers.AutoTokenizer.from_pretrained", false),
+        ("nemo_automodel._transformers.auto_tokenizer.NeMoAutoTokenizer.from_pretrained", false),
+        ("nemo_automodel.NeMoAutoTokenizer.from_pretrained", false),
+        ("AutoTokenizer.from_pretrained", false),
+        ("learned", true),
+    ];
     let what = "the tokenizer, where it is not the model's";
     if !s.is_section("tokenizer") {
-        return s.text("tokenizer", what);
+        return Ok(s.text("tokenizer", what)?.map_or(TokenizerSource::Model, TokenizerSource::Path));
     }
     let mut t = s.section("tokenizer")?;
-    t.name(
-        "_target_",
-        "reads a tokenizer",
-        &[
-            ("transformers.AutoTokenizer.from_pretrained", ()),
-            ("nemo_automodel._transformers.auto_tokenizer.NeMoAutoTokenizer.from_pretrained", ()),
-            ("nemo_automodel.NeMoAutoTokenizer.from_pretrained", ()),
-            ("AutoTokenizer.from_pretrained", ()),
-        ],
-    )?;
-    let path = t.text("pretrained_model_name_or_path", what)?;
+    let learned = t.name("_target_", "reads a tokenizer, or learns one from the training texts", &NAMES)?;
+    let source = if learned == Some(true) {
+        match t.count("vocab_size", "most entries of the vocabulary that is learned")? {
+            Some(vocab_size) => TokenizerSource::Learned { vocab_size },
+            None => return Err(t.missing("vocab_size", "most entries of the vocabulary that is learned")),
+        }
+    } else {
+        let path = t.text("pretrained_model_name_or_path", what)?;
+        path.map_or(TokenizerSource::Model, TokenizerSource::Path)
+    };
     t.none_of_effect(&["trust_remote_code", "use_fast"], "no foreign code is run");
     t.finish()?;
-    Ok(path)
+    Ok(source)
 }
 
 /// `dataloader`.

@@ -23,7 +23,7 @@ use std::sync::Arc;
 pub use checkpoint::CheckpointConfig;
 pub use dataset::{
     ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, OnError, PackedSequenceConfig, Split,
-    TextDatasetConfig,
+    TextDatasetConfig, TokenizerSource,
 };
 pub use model::{
     DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PeftConfig, SoftmaxScaleOverride, TorchDtype,

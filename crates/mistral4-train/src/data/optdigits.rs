@@ -1,0 +1,218 @@
+//! The bundled handwritten digits, as images and as conversations about them.
+//!
+//! Source: Alpaydin and Kaynak, UCI Machine Learning Repository, DOI 10.24432/C50P49, CC BY 4.0; see
+//! `data/optdigits/README.md`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use image::GrayImage;
+use image::imageops::{FilterType, crop_imm, resize};
+use mistral4_processor::chat::{Content, ImageSource, Message, Part, ResponseFormat};
+use mistral4_processor::{ChatRequest, Processor, RenderOptions, SourceImage, ValidationMode};
+
+use super::{Dataset, Sample};
+use crate::error::{Error, Result};
+use crate::recipe::Split;
+
+const SHEET: &[u8] = include_bytes!("../../../../data/optdigits/images.png");
+const LABELS: &str = include_str!("../../../../data/optdigits/labels.txt");
+
+/// Side of an image, in pixels.
+const SIDE: u32 = 8;
+/// Images of the training part; the rest is held out.
+const TRAIN: usize = 1437;
+/// Largest grey value of the sheet.
+const WHITE: u32 = 16 * 15;
+
+/// How a person may ask.
+pub const QUESTIONS: [&str; 6] = [
+    "Which digit is this?",
+    "What number is written here?",
+    "Read the handwritten digit.",
+    "Name the digit in the picture.",
+    "Which number do you see?",
+    "Please tell me what this digit is.",
+];
+
+/// The digits in words.
+pub const WORDS: [&str; 10] =
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
+
+/// The answer for a digit, `This is a seven.`
+pub fn answer(digit: u8) -> String {
+    let word = WORDS[usize::from(digit)];
+    let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) && word != "one" { "an" } else { "a" };
+    format!("This is {article} {word}.")
+}
+
+/// The digit that an answer names: the only one of the ten words in it.
+pub fn read_answer(text: &str) -> Option<u8> {
+    let text = text.to_lowercase();
+    let words = text.split(|c: char| !c.is_alphabetic());
+    let mut found = words.filter_map(|word| WORDS.iter().position(|&name| name == word));
+    match (found.next(), found.next()) {
+        (Some(digit), None) => Some(digit as u8),
+        _ => None,
+    }
+}
+
+/// Every text that conversations about digits hold: what a small tokenizer learns its vocabulary from.
+pub fn texts() -> Vec<String> {
+    let answers = (0..10).map(answer);
+    QUESTIONS.iter().map(|&question| question.to_owned()).chain(answers).collect()
+}
+
+/// Images and labels.
+pub struct OptDigits {
+    sheet: GrayImage,
+    labels: Vec<u8>,
+}
+
+impl OptDigits {
+    /// Unpacks the bundled images.
+    pub fn load() -> Self {
+        let sheet = image::load_from_memory(SHEET).expect("the bundled sheet is a PNG").into_luma8();
+        let labels: Vec<u8> = LABELS.bytes().filter(u8::is_ascii_digit).map(|digit| digit - b'0').collect();
+        let tiles = (sheet.width() / SIDE * (sheet.height() / SIDE)) as usize;
+        assert!(labels.len() > TRAIN && labels.len() <= tiles, "{} labels for {tiles} tiles", labels.len());
+        Self { sheet, labels }
+    }
+
+    /// The images of a part: the first 1437, or the last 360.
+    pub fn split(&self, split: Split) -> Range<usize> {
+        match split {
+            Split::Train => 0..TRAIN,
+            Split::Validation => TRAIN..self.labels.len(),
+        }
+    }
+
+    /// The digit that an image shows.
+    pub fn label(&self, index: usize) -> u8 {
+        self.labels[index]
+    }
+
+    /// An image, white on black, enlarged to `side` x `side` pixels.
+    ///
+    /// Multiples of 8 repeat each pixel; other sides interpolate.
+    pub fn image(&self, index: usize, side: u32) -> GrayImage {
+        let columns = self.sheet.width() / SIDE;
+        let (row, column) = (index as u32 / columns, index as u32 % columns);
+        let mut tile = crop_imm(&self.sheet, column * SIDE, row * SIDE, SIDE, SIDE).to_image();
+        for pixel in tile.pixels_mut() {
+            pixel.0[0] = (u32::from(pixel.0[0]) * 255 / WHITE) as u8;
+        }
+        let filter = if side.is_multiple_of(SIDE) { FilterType::Nearest } else { FilterType::Triangle };
+        resize(&tile, side, side, filter)
+    }
+
+    /// A conversation about the one image that is supplied beside it; with an answer, to learn from.
+    pub fn conversation(question: &str, answer: Option<String>) -> ChatRequest {
+        let parts = vec![Part::Image(ImageSource::Supplied(0)), Part::Text(question.to_owned())];
+        let user = Message::User { content: Content::Parts(parts) };
+        let assistant = answer.map(|text| Message::Assistant {
+            content: Some(Content::Text(text)),
+            tool_calls: Vec::new(),
+            prefix: false,
+            weight: None,
+        });
+        ChatRequest {
+            messages: std::iter::once(user).chain(assistant).collect(),
+            tools: Vec::new(),
+            reasoning_effort: None,
+            response_format: ResponseFormat::Text,
+        }
+    }
+}
+
+/// Conversations about the images of one part, each image with one of the questions.
+pub struct OptDigitsDataset {
+    digits: OptDigits,
+    rows: Range<usize>,
+    side: u32,
+    processor: Arc<Processor>,
+}
+
+impl OptDigitsDataset {
+    /// Conversations whose images are `side` x `side` pixels.
+    pub fn new(split: Split, side: u32, processor: Arc<Processor>) -> Self {
+        let digits = OptDigits::load();
+        Self { rows: digits.split(split), digits, side, processor }
+    }
+}
+
+impl Dataset for OptDigitsDataset {
+    fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        let index = self.rows.start + index;
+        let question = QUESTIONS[index % QUESTIONS.len()];
+        let request = OptDigits::conversation(question, Some(answer(self.digits.label(index))));
+        let picture = SourceImage::from_dynamic(self.digits.image(index, self.side).into());
+        let options = RenderOptions { mode: ValidationMode::Finetuning, ..RenderOptions::default() };
+        let rendered = self.processor.render(&request, &[picture], &options);
+        rendered.map(Sample::from_rendered).map_err(|error| Error::Dataset {
+            path: "optdigits".into(),
+            message: format!("image {index}: {error}"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mistral4_processor::image::{ImageProcessor, ImageProcessorConfig};
+    use mistral4_processor::tokenizer::TekkenBuilder;
+
+    #[test]
+    fn the_bundle_is_the_published_set() {
+        let digits = OptDigits::load();
+        let mut counts = [0; 10];
+        digits.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
+        // Class sizes as scikit-learn's description of the set gives them.
+        assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
+        assert_eq!((digits.split(Split::Train).len(), digits.split(Split::Validation).len()), (1437, 360));
+        // The first image as scikit-learn prints it, first two rows.
+        let first: Vec<u32> =
+            digits.image(0, 8).pixels().take(16).map(|pixel| (u32::from(pixel.0[0]) + 8) / 16).collect();
+        assert_eq!(first, [0, 0, 5, 13, 9, 1, 0, 0, 0, 0, 13, 15, 10, 15, 5, 0]);
+    }
+
+    #[test]
+    fn enlarging_repeats_pixels() {
+        let digits = OptDigits::load();
+        let (small, large) = (digits.image(42, 8), digits.image(42, 32));
+        assert!(large.enumerate_pixels().all(|(x, y, pixel)| pixel == small.get_pixel(x / 4, y / 4)));
+        assert_eq!(digits.image(42, 28).dimensions(), (28, 28));
+    }
+
+    #[test]
+    fn answers_are_read_back() {
+        for digit in 0..10 {
+            assert_eq!(read_answer(&answer(digit)), Some(digit));
+        }
+        assert_eq!(answer(8), "This is an eight.");
+        assert_eq!(answer(1), "This is a one.");
+        assert_eq!(read_answer("This is a seven or a one."), None);
+        assert_eq!(read_answer("Someone wrote this."), None);
+    }
+
+    #[test]
+    fn conversations_hold_the_image_and_learn_the_answer() {
+        let file = TekkenBuilder::new(360).train(texts().iter().map(String::as_str)).unwrap();
+        let config =
+            ImageProcessorConfig { patch_size: 4, max_height: 32, max_width: 32, ..Default::default() };
+        let processor =
+            Arc::new(Processor::new(file.tokenizer().unwrap(), Some(ImageProcessor::new(config))));
+        let data = OptDigitsDataset::new(Split::Validation, 32, processor.clone());
+        assert_eq!(data.len(), 360);
+        let sample = data.get(3).unwrap();
+        assert_eq!((sample.images[0].height, sample.images[0].width), (32, 32));
+        assert_eq!(sample.input_ids.iter().filter(|&&id| id == 10).count(), 16);
+        let learned: Vec<u32> = sample.labels.iter().filter(|&&id| id >= 0).map(|&id| id as u32).collect();
+        let text = processor.tokenizer().decode(&learned, mistral4_processor::SpecialTokens::Keep).unwrap();
+        assert_eq!(text, format!("{}</s>", answer(OptDigits::load().label(1437 + 3))));
+    }
+}
