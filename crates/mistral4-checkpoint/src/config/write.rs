@@ -165,12 +165,16 @@ fn rope_parameters(text: &TextConfig, apply_yarn_scaling: Option<bool>) -> Value
             insert("beta_fast", json!(yarn.beta_fast));
             insert("beta_slow", json!(yarn.beta_slow));
             insert("truncate", json!(yarn.truncate));
-            for (key, value) in [("mscale", yarn.mscale), ("mscale_all_dim", yarn.mscale_all_dim)] {
+            // transformers multiplies by mscale_all_dim's scale whenever it is there, so that where the scale is not to be
+            // applied the two factors are left out, and what they do to cos and sin is written as attention_factor.
+            let stated = |factor: Option<f64>| factor.filter(|_| apply_yarn_scaling != Some(false));
+            let (mscale, mscale_all_dim) = (stated(yarn.mscale), stated(yarn.mscale_all_dim));
+            for (key, value) in [("mscale", mscale), ("mscale_all_dim", mscale_all_dim)] {
                 if let Some(value) = value {
                     insert(key, json!(value));
                 }
             }
-            let derived = derived_attention_factor(yarn.factor, yarn.mscale, yarn.mscale_all_dim);
+            let derived = derived_attention_factor(yarn.factor, mscale, mscale_all_dim);
             if apply_yarn_scaling.is_some() || yarn.attention_factor != derived {
                 insert("attention_factor", json!(yarn.attention_factor));
             }

@@ -14,7 +14,7 @@ use super::layout::{self, Item, Part, Planned, SaveDType};
 use super::names::{TensorKind, TensorSpec};
 use super::native_names;
 use super::writer::{PendingFile, ShardWriter, sync_folder};
-use crate::config::{Config, ConfigFile, ConfigForm, Quantization};
+use crate::config::{Config, ConfigFile, ConfigForm, Quantization, SoftmaxScale, SoftmaxScalePolicy};
 use crate::error::{Error, Result};
 
 /// How a checkpoint is written.
@@ -134,7 +134,7 @@ fn write<'a, E: From<Error>>(
     std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
     refuse_other_form(folder, options.form)?;
     let config_json = config_json(config, options)?;
-    let mut warnings = softmax_warning(&config.config, options.form);
+    let mut warnings = softmax_warning(&config.config, options.form, &config_json);
     // Whether a bias is written depends on its values, and the layout on whether it is written.
     let mut biases = HashMap::new();
     for spec in super::names::tensors(&config.config).iter().filter(|spec| spec.kind == TensorKind::GateBias)
@@ -345,11 +345,13 @@ fn bias_warning(largest: f32, form: ConfigForm) -> Option<String> {
     })
 }
 
-/// transformers scales by mscale whatever the configuration says.
-fn softmax_warning(config: &Config, form: ConfigForm) -> Vec<String> {
-    use crate::config::{SoftmaxScale, SoftmaxScalePolicy};
-    let theirs = SoftmaxScale::new(SoftmaxScalePolicy::YarnMscale, &config.text, "").value;
+/// transformers scales by mscale_all_dim's factor whenever it is there, whatever the configuration says besides.
+fn softmax_warning(config: &Config, form: ConfigForm, written: &Value) -> Vec<String> {
+    let rope = ["/text_config/rope_parameters", "/rope_parameters"].iter().find_map(|key| written.pointer(key));
+    let has_factor = rope.and_then(|rope| rope.get("mscale_all_dim")).is_some_and(|factor| !factor.is_null());
     let ours = config.softmax_scale.value;
+    let policy = if has_factor { SoftmaxScalePolicy::YarnMscale } else { SoftmaxScalePolicy::Standard };
+    let theirs = SoftmaxScale::new(policy, &config.text, "").value;
     if form == ConfigForm::Native || theirs == ours {
         return Vec::new();
     }
