@@ -2,4 +2,9 @@
 mod attention;
 mod experts;
 mod gemm;
+mod gradients;
+mod loss;
+mod norm_rope;
+mod optimizer;
+mod router;
 mod support;
