@@ -1,0 +1,40 @@
+//! Linear maps.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+
+use crate::error::Result;
+use crate::ops;
+use crate::weights::Parameters;
+
+/// `y = x W^T + b`.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// `[out, in]`
+    pub weight: Param<Tensor<2>>,
+    /// `[out]`
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Linear {
+    /// Takes `weight` of `[out, in]` and, if `bias`, `bias` of `[out]` from `parameters`.
+    ///
+    /// # Errors
+    /// A missing or mis-shaped tensor.
+    pub fn new(input: usize, output: usize, bias: bool, parameters: &Parameters) -> Result<Self> {
+        Ok(Self {
+            weight: parameters.get("weight", [output, input])?,
+            bias: bias.then(|| parameters.get("bias", [output])).transpose()?,
+        })
+    }
+
+    /// # Shapes
+    /// - `x`: `[rows, in]`, output: `[rows, out]`
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let y = ops::linear(x, self.weight.val());
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+}

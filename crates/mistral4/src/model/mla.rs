@@ -1,0 +1,253 @@
+//! Multi-head latent attention.
+//!
+//! Keys and values are expanded from one latent of R values a token (`kv_b_proj`), beside one rotated key part that
+//! all heads share. The cache holds latents only. A pass that begins a cache, or has none, expands keys and values;
+//! a pass that continues one moves `kv_b_proj` to the query and output side instead (the absorbed form), and attends
+//! over the latents themselves.
+//!
+//! Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; `Mistral4Attention` in transformers.
+
+use std::sync::Arc;
+
+use burn::module::Module;
+use burn::tensor::{DType, Tensor};
+use mistral4_checkpoint::config::Config;
+
+use crate::error::Result;
+use crate::model::cache::LayerCache;
+use crate::model::linear::Linear;
+use crate::model::norm::{LATENT_NORM_EPS, RmsNorm};
+use crate::model::rope::RotaryTables;
+use crate::ops::{self, AttentionSpec, RopeSpec, Segment};
+use crate::weights::Parameters;
+
+/// Who sees whom in one forward pass.
+#[derive(Debug, Clone)]
+pub enum AttentionMask {
+    /// Among the tokens of this pass.
+    Segments(Arc<[Segment]>),
+    /// Over cached and new tokens; key rows count in the flattened cache of `batch` rows.
+    Cached {
+        /// Segments over the cache.
+        segments: Arc<[Segment]>,
+        /// Rows of the batch.
+        batch: usize,
+    },
+    /// Added to the scores, `[B, 1 or N, S, S]`.
+    Explicit(Tensor<4>),
+}
+
+/// Multi-head latent attention.
+#[derive(Module, Debug)]
+pub struct Mla {
+    /// `[N * (nope + rope), D]`, in models without a query latent.
+    pub q_proj: Option<Linear>,
+    /// `[Rq, D]`
+    pub q_a_proj: Option<Linear>,
+    /// `[Rq]`
+    pub q_a_layernorm: Option<RmsNorm>,
+    /// `[N * (nope + rope), Rq]`
+    pub q_b_proj: Option<Linear>,
+    /// `[R + rope, D]`
+    pub kv_a_proj_with_mqa: Linear,
+    /// `[R]`
+    pub kv_a_layernorm: RmsNorm,
+    /// `[N * (nope + v), R]`
+    pub kv_b_proj: Linear,
+    /// `[D, N * v]`
+    pub o_proj: Linear,
+    #[module(skip)]
+    shape: MlaShape,
+}
+
+/// Sizes and scale of the attention.
+#[derive(Debug, Clone)]
+struct MlaShape {
+    heads: usize,
+    nope: usize,
+    rope: usize,
+    v: usize,
+    rank: usize,
+    softmax_scale: f64,
+    interleaved: bool,
+}
+
+impl Mla {
+    /// Takes the projections and norms from `parameters`.
+    ///
+    /// # Errors
+    /// A missing or mis-shaped tensor.
+    pub fn new(config: &Config, parameters: &Parameters) -> Result<Self> {
+        let c = &config.text;
+        let (heads, hidden) = (c.num_attention_heads, c.hidden_size);
+        let q_width = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
+        let linear = |name, input, output, bias| Linear::new(input, output, bias, &parameters.pp(name));
+        let q_norm = |rank| RmsNorm::new(rank, LATENT_NORM_EPS, &parameters.pp("q_a_layernorm"));
+        let rank = c.q_lora_rank;
+        Ok(Self {
+            q_proj: rank.is_none().then(|| linear("q_proj", hidden, q_width, false)).transpose()?,
+            q_a_proj: rank.map(|rank| linear("q_a_proj", hidden, rank, c.attention_bias)).transpose()?,
+            q_a_layernorm: rank.map(q_norm).transpose()?,
+            q_b_proj: rank.map(|rank| linear("q_b_proj", rank, q_width, false)).transpose()?,
+            kv_a_proj_with_mqa: linear(
+                "kv_a_proj_with_mqa",
+                hidden,
+                c.kv_lora_rank + c.qk_rope_head_dim,
+                c.attention_bias,
+            )?,
+            kv_a_layernorm: RmsNorm::new(c.kv_lora_rank, LATENT_NORM_EPS, &parameters.pp("kv_a_layernorm"))?,
+            kv_b_proj: linear(
+                "kv_b_proj",
+                c.kv_lora_rank,
+                heads * (c.qk_nope_head_dim + c.v_head_dim),
+                false,
+            )?,
+            o_proj: linear("o_proj", heads * c.v_head_dim, hidden, c.attention_bias)?,
+            shape: MlaShape {
+                heads,
+                nope: c.qk_nope_head_dim,
+                rope: c.qk_rope_head_dim,
+                v: c.v_head_dim,
+                rank: c.kv_lora_rank,
+                softmax_scale: config.softmax_scale.value,
+                interleaved: c.rope_interleave,
+            },
+        })
+    }
+
+    /// # Shapes
+    /// - `x`: `[T, D]`, output: `[T, D]`
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        rotary: &RotaryTables,
+        mask: &AttentionMask,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor<2> {
+        let tokens = x.dims()[0];
+        let s = &self.shape;
+        let q = self.query(x.clone(), rotary);
+        let (latent, k_pe) = self.latent(x, rotary);
+
+        let cached = cache.map(|cache| {
+            let batch = match mask {
+                AttentionMask::Cached { batch, .. } => *batch,
+                _ => unreachable!("a cache comes with a cached mask"),
+            };
+            let new = Tensor::cat(vec![latent.clone(), k_pe.clone()], 1);
+            (cache.append(new.reshape([batch, tokens / batch, s.rank + s.rope])), batch)
+        });
+        let out = match (mask, cached) {
+            (AttentionMask::Cached { segments, .. }, Some((all, batch))) => {
+                let slots = all.dims()[1];
+                if slots == tokens / batch {
+                    self.attend_expanded(q, latent, k_pe, mask)
+                } else {
+                    self.attend_absorbed(q, all.reshape([batch * slots, s.rank + s.rope]), segments)
+                }
+            }
+            _ => self.attend_expanded(q, latent, k_pe, mask),
+        };
+        self.o_proj.forward(out.reshape([tokens, s.heads * s.v]))
+    }
+
+    /// Rotated and scaled query, `[T, N, nope + rope]`.
+    fn query(&self, x: Tensor<2>, rotary: &RotaryTables) -> Tensor<3> {
+        let s = &self.shape;
+        let tokens = x.dims()[0];
+        let q = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
+            (Some(q_proj), ..) => q_proj.forward(x),
+            (None, Some(a), Some(norm), Some(b)) => b.forward(norm.forward(a.forward(x))),
+            _ => unreachable!("new() builds either q_proj or the low-rank pair"),
+        };
+        let q = q.reshape([tokens, s.heads, s.nope + s.rope]);
+        let spec = RopeSpec { offset: s.nope, interleaved: s.interleaved, scale: rotary.query_scale.clone() };
+        ops::rope(q, rotary.cos.clone(), rotary.sin.clone(), spec)
+    }
+
+    /// Normed latent `[T, R]` and rotated key part `[T, rope]`.
+    fn latent(&self, x: Tensor<2>, rotary: &RotaryTables) -> (Tensor<2>, Tensor<2>) {
+        let s = &self.shape;
+        let both = self.kv_a_proj_with_mqa.forward(x);
+        let tokens = both.dims()[0];
+        let latent = self.kv_a_layernorm.forward(both.clone().slice_dim(1, 0..s.rank));
+        let k_pe = both.slice_dim(1, s.rank..s.rank + s.rope).reshape([tokens, 1, s.rope]);
+        let spec = RopeSpec { offset: 0, interleaved: s.interleaved, scale: None };
+        let k_pe = ops::rope(k_pe, rotary.cos.clone(), rotary.sin.clone(), spec);
+        (latent, k_pe.reshape([tokens, s.rope]))
+    }
+
+    /// Attention with keys and values expanded from the latents of this pass.
+    fn attend_expanded(
+        &self,
+        q: Tensor<3>,
+        latent: Tensor<2>,
+        k_pe: Tensor<2>,
+        mask: &AttentionMask,
+    ) -> Tensor<3> {
+        let s = &self.shape;
+        let tokens = latent.dims()[0];
+        let kv = self.kv_b_proj.forward(latent).reshape([tokens, s.heads, s.nope + s.v]);
+        let k_nope = kv.clone().slice_dim(2, 0..s.nope);
+        let v = kv.slice_dim(2, s.nope..s.nope + s.v);
+        let k_pe = k_pe.reshape([tokens, 1, s.rope]).expand([tokens, s.heads, s.rope]);
+        let k = Tensor::cat(vec![k_nope, k_pe], 2);
+        match mask {
+            AttentionMask::Segments(segments) => ops::attention(q, k, v, self.spec(segments)),
+            // The first pass of a cache: its slots are exactly the tokens of this pass.
+            AttentionMask::Cached { segments, .. } => ops::attention(q, k, v, self.spec(segments)),
+            AttentionMask::Explicit(mask) => {
+                ops::composite::attention_with_mask(q, k, v, mask.clone(), s.softmax_scale)
+            }
+        }
+    }
+
+    /// Attention over cached latents, `[B * slots, R + rope]`: scores and sums are taken in the latent space.
+    fn attend_absorbed(&self, q: Tensor<3>, all: Tensor<2>, segments: &Arc<[Segment]>) -> Tensor<3> {
+        let s = &self.shape;
+        let [tokens, ..] = q.dims();
+        let slots = all.dims()[0];
+        let kv_b = self.kv_b_proj.weight.val().reshape([s.heads, s.nope + s.v, s.rank]);
+        let to_key = kv_b.clone().slice_dim(1, 0..s.nope);
+        let to_value = kv_b.slice_dim(1, s.nope..s.nope + s.v);
+
+        let q_nope = q.clone().slice_dim(2, 0..s.nope).swap_dims(0, 1).matmul(to_key).swap_dims(0, 1);
+        let q_pe = q.slice_dim(2, s.nope..s.nope + s.rope);
+        let q = Tensor::cat(vec![q_nope, q_pe], 2);
+        let k = all.reshape([slots, 1, s.rank + s.rope]);
+        let v = k.clone().slice_dim(2, 0..s.rank);
+        let out = ops::attention(q, k, v, self.spec(segments));
+        out.swap_dims(0, 1).matmul(to_value.transpose()).swap_dims(0, 1).reshape([tokens, s.heads, s.v])
+    }
+
+    fn spec(&self, segments: &Arc<[Segment]>) -> AttentionSpec {
+        AttentionSpec { scale: self.shape.softmax_scale, segments: segments.clone() }
+    }
+}
+
+/// A mask in which padding has holes, as one that is added to the scores: causal, padding unseen.
+///
+/// # Shapes
+/// - `attention_mask`: `[B * S]`, output: `[B, 1, S, S]`
+pub(crate) fn dense_causal_mask(
+    attention_mask: &[bool],
+    batch: usize,
+    sequence: usize,
+    device: &burn::tensor::Device,
+) -> Tensor<4> {
+    let mut mask = vec![0.0f32; batch * sequence * sequence];
+    for (index, value) in mask.iter_mut().enumerate() {
+        let (row, query, key) =
+            (index / (sequence * sequence), index / sequence % sequence, index % sequence);
+        // A padded query that sees no token at all keeps its own key, so that its softmax stays finite.
+        if key > query || (!attention_mask[row * sequence + key] && key != query) {
+            *value = f32::NEG_INFINITY;
+        }
+        if key == query && !attention_mask[row * sequence + key] {
+            let sees_token = (0..query).any(|k| attention_mask[row * sequence + k]);
+            *value = if sees_token { f32::NEG_INFINITY } else { 0.0 };
+        }
+    }
+    let data = burn::tensor::TensorData::new(mask, [batch, 1, sequence, sequence]);
+    Tensor::from_data(data, (device, DType::F32))
+}

@@ -1,0 +1,293 @@
+//! Backward rules of the fused operations: one node each, which calls the backward kernel.
+
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, Backend};
+use mistral4_checkpoint::config::Activation;
+
+use super::extension::FusedOps;
+use super::{AttentionSpec, RopeSpec};
+
+/// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
+#[derive(Debug, Clone)]
+pub(super) struct MoeInputs<B: Backend> {
+    pub(super) x: FloatTensor<B>,
+    pub(super) indices: IntTensor<B>,
+    pub(super) weights: FloatTensor<B>,
+    pub(super) gate_up: FloatTensor<B>,
+    pub(super) down: FloatTensor<B>,
+    pub(super) activation: Activation,
+}
+
+/// Inputs and results of [`FusedOps::rms_norm`], kept for its backward pass.
+#[derive(Debug, Clone)]
+pub(super) struct RmsNormSaved<B: Backend> {
+    pub(super) x: FloatTensor<B>,
+    pub(super) weight: FloatTensor<B>,
+    pub(super) rstd: FloatTensor<B>,
+}
+
+/// Inputs and results of attention, kept for its backward pass.
+#[derive(Debug, Clone)]
+pub(super) struct AttentionSaved<B: Backend> {
+    pub(super) q: FloatTensor<B>,
+    pub(super) k: FloatTensor<B>,
+    pub(super) v: FloatTensor<B>,
+    pub(super) out: FloatTensor<B>,
+    pub(super) lse: FloatTensor<B>,
+    pub(super) spec: AttentionSpec,
+}
+
+/// Loss and the gradients that were asked for, computed in one pass.
+pub(super) type LossAndGradients<B> = (FloatTensor<B>, Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+
+/// The backward kernels, and the forward ones that keep something for them.
+pub(super) trait BackwardKernels: FusedOps {
+    /// `dy W`.
+    fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// `dy^T x`.
+    fn linear_backward_weight(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// Output and reciprocal standard deviation of each row.
+    fn rms_norm_with_rstd(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// Gradients of `x` and, if wanted, of `weight`.
+    fn rms_norm_backward(
+        saved: RmsNormSaved<Self>,
+        dy: FloatTensor<Self>,
+        want_weight: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+    /// Gradient of `x`.
+    fn rope_backward(
+        dy: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: RopeSpec,
+    ) -> FloatTensor<Self>;
+    /// Output and log-sum-exp of each query row and head.
+    fn attention_with_lse(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: &AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// Gradients of `(q, k, v)`.
+    fn attention_backward(saved: AttentionSaved<Self>, dout: FloatTensor<Self>) -> [FloatTensor<Self>; 3];
+    /// Gradients of `(x, weights, gate_up, down)`, each only if wanted.
+    fn moe_experts_backward(
+        inputs: MoeInputs<Self>,
+        dout: FloatTensor<Self>,
+        want: [bool; 4],
+    ) -> [Option<FloatTensor<Self>>; 4];
+    /// Loss and gradients of the loss by `h` and `lm_head`.
+    fn linear_cross_entropy_with_gradients(
+        h: FloatTensor<Self>,
+        lm_head: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        want: (bool, bool),
+    ) -> LossAndGradients<Self>;
+}
+
+#[derive(Debug)]
+struct Linear;
+
+impl<B: BackwardKernels> Backward<B, 2> for Linear {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (x, weight) = ops.state;
+        let [to_x, to_weight] = ops.parents;
+        if let Some(node) = to_x {
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight));
+        }
+        if let Some(node) = to_weight {
+            grads.register::<B>(node.id, B::linear_backward_weight(dy, x));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct RmsNorm;
+
+impl<B: BackwardKernels> Backward<B, 2> for RmsNorm {
+    type State = RmsNormSaved<B>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (dx, dweight) = B::rms_norm_backward(ops.state, dy, ops.parents[1].is_some());
+        register::<B, 2>(ops.parents.map(|p| p.map(|p| p.id)), [Some(dx), dweight], grads);
+    }
+}
+
+#[derive(Debug)]
+struct Rope;
+
+impl<B: BackwardKernels> Backward<B, 1> for Rope {
+    type State = (FloatTensor<B>, FloatTensor<B>, RopeSpec);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (cos, sin, spec) = ops.state;
+        let dx = B::rope_backward(dy, cos, sin, spec);
+        register::<B, 1>(ops.parents.map(|p| p.map(|p| p.id)), [Some(dx)], grads);
+    }
+}
+
+#[derive(Debug)]
+struct Attention;
+
+impl<B: BackwardKernels> Backward<B, 3> for Attention {
+    type State = AttentionSaved<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = grads.consume::<B>(&ops.node);
+        let gradients = B::attention_backward(ops.state, dout).map(Some);
+        register::<B, 3>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
+    }
+}
+
+#[derive(Debug)]
+struct MoeExperts;
+
+impl<B: BackwardKernels> Backward<B, 4> for MoeExperts {
+    type State = MoeInputs<B>;
+
+    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = grads.consume::<B>(&ops.node);
+        let parents = ops.parents.map(|p| p.map(|p| p.id));
+        let want = std::array::from_fn(|i| parents[i].is_some());
+        register::<B, 4>(parents, B::moe_experts_backward(ops.state, dout, want), grads);
+    }
+}
+
+#[derive(Debug)]
+struct LinearCrossEntropy;
+
+impl<B: BackwardKernels> Backward<B, 2> for LinearCrossEntropy {
+    type State = [Option<FloatTensor<B>>; 2];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        // The loss is a sum; its gradients were computed with it and wait for the factor from above.
+        let factor = grads.consume::<B>(&ops.node);
+        let scaled = ops.state.map(|gradient| {
+            gradient.map(|gradient| {
+                let dtype = burn::tensor::FloatDType::from(burn::backend::TensorMetadata::dtype(&gradient));
+                let ones = burn::tensor::Shape::new([1, 1]);
+                let factor = B::float_reshape(B::float_cast(factor.clone(), dtype), ones);
+                B::float_mul(gradient, factor)
+            })
+        });
+        register::<B, 2>(ops.parents.map(|p| p.map(|p| p.id)), scaled, grads);
+    }
+}
+
+/// Hands gradients to the parents that want them.
+fn register<B: Backend, const N: usize>(
+    parents: [Option<burn::backend::autodiff::NodeId>; N],
+    gradients: [Option<FloatTensor<B>>; N],
+    grads: &mut Gradients,
+) {
+    for (parent, gradient) in parents.into_iter().zip(gradients) {
+        if let Some(id) = parent {
+            grads.register::<B>(id, gradient.expect("a tracked input has its gradient computed"));
+        }
+    }
+}
+
+impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let op = Linear.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        let out = <B as FusedOps>::linear(x.clone(), weight.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish((x, weight), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        let op = RmsNorm.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        match op {
+            OpsKind::Tracked(op) => {
+                let (out, rstd) = B::rms_norm_with_rstd(x.clone(), weight.clone(), eps);
+                op.finish(RmsNormSaved { x, weight, rstd }, out)
+            }
+            OpsKind::UnTracked(op) => op.finish(B::rms_norm(x, weight, eps)),
+        }
+    }
+
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: RopeSpec,
+    ) -> FloatTensor<Self> {
+        let op = Rope.prepare::<C>([x.node()]).compute_bound().stateful();
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        let out = B::rope(x.into_primitive(), cos.clone(), sin.clone(), spec.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish((cos, sin, spec), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        let op = Attention.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful();
+        let [q, k, v] = [q, k, v].map(|t| t.into_primitive());
+        match op {
+            OpsKind::Tracked(op) => {
+                let (out, lse) = B::attention_with_lse(q.clone(), k.clone(), v.clone(), &spec);
+                op.finish(AttentionSaved { q, k, v, out: out.clone(), lse, spec }, out)
+            }
+            OpsKind::UnTracked(op) => op.finish(<B as FusedOps>::attention(q, k, v, spec)),
+        }
+    }
+
+    fn moe_experts(
+        x: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        gate_up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        let nodes = [x.node(), weights.node(), gate_up.node(), down.node()];
+        let op = MoeExperts.prepare::<C>(nodes).compute_bound().stateful();
+        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.into_primitive());
+        let inputs = MoeInputs::<B> { x, indices, weights, gate_up, down, activation };
+        let i = inputs.clone();
+        let out = B::moe_experts(i.x, i.indices, i.weights, i.gate_up, i.down, activation);
+        match op {
+            OpsKind::Tracked(op) => op.finish(inputs, out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn linear_cross_entropy(
+        h: FloatTensor<Self>,
+        lm_head: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        want: (bool, bool),
+    ) -> FloatTensor<Self> {
+        let op = LinearCrossEntropy.prepare::<C>([h.node(), lm_head.node()]).compute_bound().stateful();
+        let (h, lm_head) = (h.into_primitive(), lm_head.into_primitive());
+        match op {
+            OpsKind::Tracked(op) => {
+                let (loss, dh, dw) = B::linear_cross_entropy_with_gradients(h, lm_head, labels, want);
+                op.finish([dh, dw], loss)
+            }
+            OpsKind::UnTracked(op) => op.finish(B::linear_cross_entropy(h, lm_head, labels, want)),
+        }
+    }
+}

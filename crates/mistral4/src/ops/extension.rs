@@ -1,0 +1,101 @@
+//! The fused operations as an extension of Burn's CPU backend, and the calls that reach them from tensors.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::{Int, Tensor};
+use mistral4_checkpoint::config::Activation;
+
+use super::{AttentionSpec, RopeSpec};
+
+/// Operations with kernels of their own; see the functions of the same names in [`super`].
+#[backend_extension(Flex, Autodiff)]
+pub(super) trait FusedOps: Backend {
+    /// See [`super::linear`].
+    fn linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`super::rms_norm`].
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+
+    /// See [`super::rope`].
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: RopeSpec,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::attention`].
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::moe_experts`].
+    fn moe_experts(
+        x: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        gate_up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::linear_cross_entropy`]; `want` says which gradients (of `h`, of `lm_head`) will be asked for.
+    fn linear_cross_entropy(
+        h: FloatTensor<Self>,
+        lm_head: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        want: (bool, bool),
+    ) -> FloatTensor<Self>;
+}
+
+pub(super) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as FusedOps>::linear(x.into_dispatch(), weight.into_dispatch()))
+}
+
+pub(super) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+}
+
+pub(super) fn rope(x: Tensor<3>, cos: Tensor<2>, sin: Tensor<2>, spec: RopeSpec) -> Tensor<3> {
+    Tensor::from_dispatch(Dispatch::rope(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), spec))
+}
+
+pub(super) fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) -> Tensor<3> {
+    Tensor::from_dispatch(<Dispatch as FusedOps>::attention(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        spec,
+    ))
+}
+
+pub(super) fn moe_experts(
+    x: Tensor<2>,
+    indices: Tensor<2, Int>,
+    weights: Tensor<2>,
+    gate_up: Tensor<3>,
+    down: Tensor<3>,
+    activation: Activation,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::moe_experts(
+        x.into_dispatch(),
+        indices.into_dispatch(),
+        weights.into_dispatch(),
+        gate_up.into_dispatch(),
+        down.into_dispatch(),
+        activation,
+    ))
+}
+
+pub(super) fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+    let want = (h.is_tracked(), lm_head.is_tracked());
+    Tensor::from_dispatch(Dispatch::linear_cross_entropy(
+        h.into_dispatch(),
+        lm_head.into_dispatch(),
+        labels.into_dispatch(),
+        want,
+    ))
+}

@@ -1,0 +1,333 @@
+//! The fused operations on Burn's CPU backend: slices in, kernel, slices out.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::{DType, Element as BurnElement, Shape, TensorData};
+use half::bf16;
+use mistral4_checkpoint::config::Activation;
+use mistral4_kernels as kernels;
+
+use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MoeInputs, RmsNormSaved};
+use super::extension::FusedOps;
+use super::{AttentionSpec, RopeSpec};
+
+type F = FloatTensor<Flex>;
+type I = IntTensor<Flex>;
+
+/// Runs `$body` with `$T` standing for the element type of `$tensor`.
+macro_rules! by_dtype {
+    ($tensor:expr, $T:ident => $body:expr) => {
+        match $tensor.dtype() {
+            DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            DType::BF16 => {
+                type $T = bf16;
+                $body
+            }
+            other => panic!("the CPU kernels compute in f32 and bf16, not in {other:?}"),
+        }
+    };
+}
+
+/// Runs `$body` with `$slice` bound to the integers of `$tensor`.
+macro_rules! with_ints {
+    ($tensor:expr, $slice:ident => $body:expr) => {{
+        let tensor = $tensor.to_contiguous();
+        match tensor.dtype() {
+            DType::I32 => {
+                let $slice: &[i32] = tensor.as_slice().expect("a contiguous tensor of this dtype");
+                $body
+            }
+            DType::I64 => {
+                let $slice: &[i64] = tensor.as_slice().expect("a contiguous tensor of this dtype");
+                $body
+            }
+            other => panic!("indices are i32 or i64, not {other:?}"),
+        }
+    }};
+}
+
+fn slice<T: BurnElement + bytemuck::Pod>(tensor: &F) -> &[T] {
+    tensor.as_slice().expect("a contiguous tensor of this dtype")
+}
+
+fn tensor<T: BurnElement>(data: Vec<T>, shape: impl Into<Shape>) -> F {
+    F::from_data(TensorData::new(data, shape.into()))
+}
+
+fn zeros<T: Default + Clone>(len: usize) -> Vec<T> {
+    vec![T::default(); len]
+}
+
+fn elements(t: &F) -> usize {
+    t.shape().num_elements()
+}
+
+fn linear_dims(x: &F, weight: &F) -> kernels::LinearDims {
+    let [rows, inputs] = x.shape().dims();
+    let [outputs, _] = weight.shape().dims();
+    kernels::LinearDims { rows, inputs, outputs }
+}
+
+fn rope_dims(x: &F, cos: &F, spec: &RopeSpec) -> kernels::RopeDims {
+    let [tokens, heads, head_dim] = x.shape().dims();
+    let [_, pairs] = cos.shape().dims();
+    let (offset, interleaved) = (spec.offset, spec.interleaved);
+    kernels::RopeDims { tokens, heads, head_dim, offset, rope_dim: 2 * pairs, interleaved }
+}
+
+/// A tensor whose rows `[N, H]` are contiguous; the rows themselves may lie apart, as in a slice of a cache.
+fn with_contiguous_rows(t: F) -> F {
+    let [_, heads, width] = t.shape().dims();
+    let strides = t.layout().strides();
+    let rows_ok = strides[2] == 1 && (heads == 1 || strides[1] == width as isize) && strides[0] >= 0;
+    if rows_ok { t } else { t.to_contiguous() }
+}
+
+/// The values from the first row on, and the distance between rows.
+fn strided<T: BurnElement + bytemuck::Pod>(t: &F) -> (&[T], usize) {
+    let layout = t.layout();
+    (&t.storage::<T>()[layout.start_offset()..], layout.strides()[0] as usize)
+}
+
+fn attention_inputs<'a, T: kernels::Element + BurnElement + bytemuck::Pod>(
+    [q, k, v]: [&'a F; 3],
+    spec: &'a AttentionSpec,
+) -> kernels::Attention<'a, T> {
+    let [_, heads, head_dim] = q.shape().dims();
+    let [_, kv_heads, value_dim] = v.shape().dims();
+    let ((q, q_stride), (k, k_stride), (v, v_stride)) = (strided(q), strided(k), strided(v));
+    let dims = kernels::AttentionDims { heads, kv_heads, head_dim, value_dim, q_stride, k_stride, v_stride };
+    kernels::Attention { dims, q, k, v, segments: &spec.segments, scale: spec.scale as f32 }
+}
+
+fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
+    let [tokens, hidden] = x.shape().dims();
+    let [_, top_k] = indices.shape().dims();
+    let [experts, both, _] = gate_up.shape().dims();
+    kernels::ExpertDims { tokens, top_k, experts, hidden, inter: both / 2 }
+}
+
+fn kernel_activation(activation: Activation) -> kernels::Activation {
+    match activation {
+        Activation::Silu => kernels::Activation::Silu,
+        Activation::Gelu => kernels::Activation::Gelu,
+        Activation::GeluTanh => kernels::Activation::GeluTanh,
+        Activation::Relu => kernels::Activation::Relu,
+    }
+}
+
+impl FusedOps for Flex {
+    fn linear(x: F, weight: F) -> F {
+        let dims = linear_dims(&x, &weight);
+        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        by_dtype!(x, T => {
+            let mut y = zeros::<T>(dims.rows * dims.outputs);
+            kernels::linear(dims, slice::<T>(&x), slice::<T>(&weight), &mut y);
+            tensor(y, [dims.rows, dims.outputs])
+        })
+    }
+
+    fn rms_norm(x: F, weight: F, eps: f64) -> F {
+        Flex::rms_norm_with_rstd(x, weight, eps).0
+    }
+
+    fn rope(x: F, cos: F, sin: F, spec: RopeSpec) -> F {
+        let dims = rope_dims(&x, &cos, &spec);
+        let [x, cos, sin] = [x, cos, sin].map(|t| t.to_contiguous());
+        by_dtype!(x, T => {
+            let mut y = zeros::<T>(elements(&x));
+            kernels::rope(dims, slice::<T>(&x), slice(&cos), slice(&sin), spec.scale.as_deref(), &mut y);
+            tensor(y, x.shape())
+        })
+    }
+
+    fn attention(q: F, k: F, v: F, spec: AttentionSpec) -> F {
+        Flex::attention_with_lse(q, k, v, &spec).0
+    }
+
+    fn moe_experts(x: F, indices: I, weights: F, gate_up: F, down: F, activation: Activation) -> F {
+        let dims = expert_dims(&x, &indices, &gate_up);
+        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
+        let activation = kernel_activation(activation);
+        by_dtype!(x, T => with_ints!(indices, indices => {
+            let mut out = zeros::<T>(elements(&x));
+            let experts = kernels::Experts {
+                dims,
+                activation,
+                x: slice::<T>(&x),
+                indices,
+                weights: slice(&weights),
+                gate_up: slice::<T>(&gate_up),
+                down: slice::<T>(&down),
+            };
+            kernels::moe_experts(&experts, &mut out);
+            tensor(out, x.shape())
+        }))
+    }
+
+    fn linear_cross_entropy(h: F, lm_head: F, labels: I, _want: (bool, bool)) -> F {
+        Flex::linear_cross_entropy_with_gradients(h, lm_head, labels, (false, false)).0
+    }
+}
+
+impl BackwardKernels for Flex {
+    fn linear_backward_input(dy: F, weight: F) -> F {
+        let [rows, outputs] = dy.shape().dims();
+        let [_, inputs] = weight.shape().dims();
+        let dims = kernels::LinearDims { rows, inputs, outputs };
+        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        by_dtype!(dy, T => {
+            let mut dx = zeros::<T>(rows * inputs);
+            kernels::linear_backward_input(dims, slice::<T>(&dy), slice::<T>(&weight), &mut dx, false);
+            tensor(dx, [rows, inputs])
+        })
+    }
+
+    fn linear_backward_weight(dy: F, x: F) -> F {
+        let [rows, outputs] = dy.shape().dims();
+        let [_, inputs] = x.shape().dims();
+        let dims = kernels::LinearDims { rows, inputs, outputs };
+        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        by_dtype!(dy, T => {
+            let mut dweight = zeros::<T>(outputs * inputs);
+            kernels::linear_backward_weight(dims, slice::<T>(&dy), slice::<T>(&x), &mut dweight, false);
+            tensor(dweight, [outputs, inputs])
+        })
+    }
+
+    fn rms_norm_with_rstd(x: F, weight: F, eps: f64) -> (F, F) {
+        let [rows, _] = x.shape().dims();
+        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        by_dtype!(x, T => {
+            let (mut y, mut rstd) = (zeros::<T>(elements(&x)), zeros::<f32>(rows));
+            kernels::rms_norm(slice::<T>(&x), slice::<T>(&weight), eps as f32, &mut y, &mut rstd);
+            (tensor(y, x.shape()), tensor(rstd, [rows]))
+        })
+    }
+
+    fn rms_norm_backward(saved: RmsNormSaved<Flex>, dy: F, want_weight: bool) -> (F, Option<F>) {
+        let RmsNormSaved { x, weight, rstd } = saved;
+        let [x, weight, rstd, dy] = [x, weight, rstd, dy].map(|t| t.to_contiguous());
+        by_dtype!(x, T => {
+            let mut dx = zeros::<T>(elements(&x));
+            let mut dweight = want_weight.then(|| zeros::<T>(elements(&weight)));
+            let saved =
+                kernels::RmsNormSaved { x: slice::<T>(&x), weight: slice::<T>(&weight), rstd: slice(&rstd) };
+            kernels::rms_norm_backward(saved, slice::<T>(&dy), &mut dx, dweight.as_deref_mut());
+            (tensor(dx, x.shape()), dweight.map(|d| tensor(d, weight.shape())))
+        })
+    }
+
+    fn rope_backward(dy: F, cos: F, sin: F, spec: RopeSpec) -> F {
+        let dims = rope_dims(&dy, &cos, &spec);
+        let [dy, cos, sin] = [dy, cos, sin].map(|t| t.to_contiguous());
+        by_dtype!(dy, T => {
+            let mut dx = zeros::<T>(elements(&dy));
+            let scale = spec.scale.as_deref();
+            kernels::rope_backward(dims, slice::<T>(&dy), slice(&cos), slice(&sin), scale, &mut dx);
+            tensor(dx, dy.shape())
+        })
+    }
+
+    fn attention_with_lse(q: F, k: F, v: F, spec: &AttentionSpec) -> (F, F) {
+        let [rows, heads, _] = q.shape().dims();
+        let [_, _, value_dim] = v.shape().dims();
+        let [q, k, v] = [q, k, v].map(with_contiguous_rows);
+        by_dtype!(q, T => {
+            let (mut out, mut lse) = (zeros::<T>(rows * heads * value_dim), zeros::<f32>(rows * heads));
+            kernels::attention(&attention_inputs::<T>([&q, &k, &v], spec), &mut out, &mut lse);
+            (tensor(out, [rows, heads, value_dim]), tensor(lse, [rows, heads]))
+        })
+    }
+
+    fn attention_backward(saved: AttentionSaved<Flex>, dout: F) -> [F; 3] {
+        let AttentionSaved { q, k, v, out, lse, spec } = saved;
+        let shapes = [&q, &k, &v].map(|t| t.shape());
+        let [q, k, v] = [q, k, v].map(with_contiguous_rows);
+        let [out, lse, dout] = [out, lse, dout].map(|t| t.to_contiguous());
+        by_dtype!(q, T => {
+            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|t| zeros::<T>(elements(t)));
+            let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
+            let grads = kernels::AttentionGrads { q: &mut dq, k: &mut dk, v: &mut dv };
+            kernels::attention_backward(
+                &attention_inputs::<T>([&q, &k, &v], &spec),
+                saved,
+                slice::<T>(&dout),
+                grads,
+            );
+            let [q, k, v] = shapes;
+            [tensor(dq, q), tensor(dk, k), tensor(dv, v)]
+        })
+    }
+
+    fn moe_experts_backward(inputs: MoeInputs<Flex>, dout: F, want: [bool; 4]) -> [Option<F>; 4] {
+        let MoeInputs { x, indices, weights, gate_up, down, activation } = inputs;
+        let dims = expert_dims(&x, &indices, &gate_up);
+        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
+        let dout = dout.to_contiguous();
+        let activation = kernel_activation(activation);
+        let [want_x, want_weights, want_gate_up, want_down] = want;
+        by_dtype!(x, T => with_ints!(indices, indices => {
+            let mut dx = want_x.then(|| zeros::<T>(elements(&x)));
+            let mut dweights = want_weights.then(|| zeros::<f32>(elements(&weights)));
+            let mut dgate_up = want_gate_up.then(|| zeros::<T>(elements(&gate_up)));
+            let mut ddown = want_down.then(|| zeros::<T>(elements(&down)));
+            let experts = kernels::Experts {
+                dims,
+                activation,
+                x: slice::<T>(&x),
+                indices,
+                weights: slice(&weights),
+                gate_up: slice::<T>(&gate_up),
+                down: slice::<T>(&down),
+            };
+            let grads = kernels::ExpertGrads {
+                x: dx.as_deref_mut(),
+                weights: dweights.as_deref_mut(),
+                gate_up: dgate_up.as_deref_mut(),
+                down: ddown.as_deref_mut(),
+            };
+            kernels::moe_experts_backward(&experts, slice::<T>(&dout), grads);
+            [
+                dx.map(|d| tensor(d, x.shape())),
+                dweights.map(|d| tensor(d, weights.shape())),
+                dgate_up.map(|d| tensor(d, gate_up.shape())),
+                ddown.map(|d| tensor(d, down.shape())),
+            ]
+        }))
+    }
+
+    fn linear_cross_entropy_with_gradients(
+        h: F,
+        lm_head: F,
+        labels: I,
+        want: (bool, bool),
+    ) -> LossAndGradients<Flex> {
+        let [vocab, width] = lm_head.shape().dims();
+        let [h, lm_head] = [h, lm_head].map(|t| t.to_contiguous());
+        by_dtype!(h, T => with_ints!(labels, labels => {
+            let mut dh = want.0.then(|| zeros::<T>(elements(&h)));
+            let mut dlm_head = want.1.then(|| zeros::<T>(elements(&lm_head)));
+            let input = kernels::LinearCrossEntropy {
+                hidden: slice::<T>(&h),
+                lm_head: slice::<T>(&lm_head),
+                labels,
+                vocab,
+                width,
+            };
+            let grads = kernels::LinearCrossEntropyGrads {
+                hidden: dh.as_deref_mut(),
+                lm_head: dlm_head.as_deref_mut(),
+            };
+            let loss = kernels::linear_cross_entropy(&input, grads).loss;
+            (
+                tensor(vec![loss as f32], [1]),
+                dh.map(|d| tensor(d, h.shape())),
+                dlm_head.map(|d| tensor(d, lm_head.shape())),
+            )
+        }))
+    }
+}

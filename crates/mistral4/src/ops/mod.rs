@@ -1,0 +1,152 @@
+//! The operations that decide the speed of the model.
+//!
+//! Every operation has two bodies: a [`composite`] one in Burn tensor calls, which runs and differentiates on every
+//! backend, and a fused one in `mistral4-kernels`, which the CPU backend takes. Tests compare the two.
+
+pub mod activation;
+#[cfg(feature = "flex")]
+mod autodiff;
+pub mod composite;
+#[cfg(feature = "flex")]
+mod extension;
+#[cfg(feature = "flex")]
+mod flex;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::{Device, Int, Tensor};
+use mistral4_checkpoint::config::Activation;
+pub use mistral4_kernels::Segment;
+
+static COMPOSITE_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// Makes every operation of this process run its composite body, for comparing the two.
+pub fn force_composite(on: bool) {
+    COMPOSITE_ONLY.store(on, Ordering::Relaxed);
+}
+
+/// Whether tensors on `device` take the fused kernels.
+pub fn is_fused(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    {
+        use burn::backend::DispatchDevice;
+        let device = device.clone().without_autodiff();
+        !COMPOSITE_ONLY.load(Ordering::Relaxed) && matches!(device.as_dispatch(), DispatchDevice::Flex(_))
+    }
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = device;
+        false
+    }
+}
+
+/// Which keys each query row sees, and the factor on the scores.
+#[derive(Debug, Clone)]
+pub struct AttentionSpec {
+    /// Factor on `q . k`.
+    pub scale: f64,
+    /// Disjoint runs of query rows in rising order, each with its run of key rows. Query rows outside every
+    /// segment give zeros.
+    pub segments: Arc<[Segment]>,
+}
+
+/// A linear map `y = x W^T`.
+///
+/// # Shapes
+/// - `x`: `[rows, in]`, `weight`: `[out, in]`, output: `[rows, out]`
+pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::linear(x, weight);
+    }
+    composite::linear(x, weight)
+}
+
+/// Root-mean-square norm: `x / sqrt(mean(x^2) + eps)`, computed in f32 and rounded once, times `weight`.
+///
+/// Source: Zhang and Sennrich 2019, `Mistral4RMSNorm` in transformers.
+///
+/// # Shapes
+/// - `x`: `[rows, D]`, `weight`: `[D]`, output: `[rows, D]`
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::rms_norm(x, weight, eps);
+    }
+    composite::rms_norm(x, weight, eps)
+}
+
+/// Which part of a head is rotated, how its pairs lie, and how the head is scaled.
+#[derive(Debug, Clone)]
+pub struct RopeSpec {
+    /// First rotated entry of the head.
+    pub offset: usize,
+    /// Pairs `(x0, x1), (x2, x3), ...` instead of halves; either way the result lies in halves.
+    pub interleaved: bool,
+    /// Factor on the whole head, `[T]`; `None`: 1.
+    pub scale: Option<Arc<[f32]>>,
+}
+
+/// Rotary embedding of the `2 * pairs` entries of each head that begin at `spec.offset`; then the whole head is
+/// multiplied by the token's scale.
+///
+/// Source: Su et al. 2021; `apply_rotary_pos_emb_interleave` in transformers for the layout.
+///
+/// # Shapes
+/// - `x`: `[T, N, H]`, `cos`, `sin`: `[T, pairs]` f32, output: `[T, N, H]`
+pub fn rope(x: Tensor<3>, cos: Tensor<2>, sin: Tensor<2>, spec: RopeSpec) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::rope(x, cos, sin, spec);
+    }
+    composite::rope(x, cos, sin, spec)
+}
+
+/// Scaled dot-product attention over segments of rows.
+///
+/// Heads of `k` and `v` may be fewer than those of `q`; each serves a run of neighbouring query heads.
+///
+/// # Shapes
+/// - `q`: `[Tq, N, H]`, `k`: `[Tk, Nkv, H]`, `v`: `[Tk, Nkv, Hv]`, output: `[Tq, N, Hv]`
+pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if is_fused(&q.device()) {
+        return extension::attention(q, k, v, spec);
+    }
+    composite::attention(q, k, v, spec)
+}
+
+/// Routed gated feed-forward: each token goes through its K experts, weighted and summed.
+///
+/// # Shapes
+/// - `x`: `[T, D]`; `indices`, `weights`: `[T, K]`
+/// - `gate_up`: `[E, 2F, D]` (gate rows first), `down`: `[E, D, F]`
+/// - output: `[T, D]`
+pub fn moe_experts(
+    x: Tensor<2>,
+    indices: Tensor<2, Int>,
+    weights: Tensor<2>,
+    gate_up: Tensor<3>,
+    down: Tensor<3>,
+    activation: Activation,
+) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::moe_experts(x, indices, weights, gate_up, down, activation);
+    }
+    composite::moe_experts(x, indices, weights, gate_up, down, activation)
+}
+
+/// Sum over labelled tokens of the cross entropy of `h W^T` with the labels; -100 marks tokens without a label.
+///
+/// # Shapes
+/// - `h`: `[T, D]`, `lm_head`: `[V, D]`, `labels`: `[T]` (already aligned: `labels[t]` is the target of row `t`)
+/// - output: `[1]` f32
+pub fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+    #[cfg(feature = "flex")]
+    if is_fused(&h.device()) {
+        return extension::linear_cross_entropy(h, lm_head, labels);
+    }
+    composite::linear_cross_entropy(h, lm_head, labels)
+}
