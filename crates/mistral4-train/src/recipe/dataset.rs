@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::reader::Section;
+use super::report::Effect;
 use crate::error::Result;
 
 /// What to do with a row that cannot be used.
@@ -166,7 +167,7 @@ const SPLITS: [(&str, Split); 4] = [
 
 impl DatasetSection {
     /// Reads `dataset` or a `validation_dataset*`; `None` when the recipe has no such section.
-    pub(crate) fn read(root: &mut Section<'_>, key: &'static str) -> Result<Option<Self>> {
+    pub(crate) fn read(root: &mut Section<'_>, key: &str) -> Result<Option<Self>> {
         let Some(mut s) = root.optional_section(key)? else { return Ok(None) };
         let Some(target) = s.name("_target_", "the kind of data set", &TARGETS)? else {
             return Err(s.missing("_target_", "the kind of data set, such as `pretokenized_jsonl`"));
@@ -303,7 +304,7 @@ fn slice(split: &str) -> Option<(Option<usize>, Option<usize>)> {
 fn read_hub(s: &mut Section<'_>) {
     let reason = "this build reads local files only; export the rows to JSONL (`messages`, with image paths) and use \
                   `_target_: chat_jsonl`";
-    s.block("_target_", reason);
+    s.mark("_target_", Effect::Unsupported(reason.to_owned()));
     s.none_of_effect(
         &[
             "path_or_dataset",
@@ -366,7 +367,7 @@ pub struct DataloaderConfig {
 
 impl DataloaderConfig {
     /// Reads `dataloader` or `validation_dataloader`; `shuffle` is the default of that key.
-    pub(crate) fn read(root: &mut Section<'_>, key: &'static str, shuffle: bool) -> Result<Self> {
+    pub(crate) fn read(root: &mut Section<'_>, key: &str, shuffle: bool) -> Result<Self> {
         let mut s = root.section(key)?;
         s.name(
             "_target_",

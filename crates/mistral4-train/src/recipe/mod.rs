@@ -187,13 +187,10 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let dataloader = DataloaderConfig::read(&mut root, "dataloader", true)?;
     let packed_sequence = PackedSequenceConfig::read(&mut root)?;
     let mut validation = Vec::new();
-    for (key, name) in [
-        ("validation_dataset", "default"),
-        ("validation_dataset_1", "1"),
-        ("validation_dataset_2", "2"),
-        ("validation_dataset_3", "3"),
-    ] {
+    let named = root.keys().filter(|key| key.starts_with("validation_dataset_"));
+    for key in std::iter::once("validation_dataset").chain(named) {
         if let Some(dataset) = DatasetSection::read(&mut root, key)? {
+            let name = key.strip_prefix("validation_dataset_").unwrap_or("default");
             validation.push(ValidationSet { name: name.to_owned(), dataset });
         }
     }

@@ -1,6 +1,7 @@
 //! `model`, `freeze_config`, `peft`, `distributed`.
 
 use super::reader::Section;
+use super::report::Effect;
 use crate::error::Result;
 
 /// Where the weights come from.
@@ -248,11 +249,8 @@ impl PeftConfig {
             ("PeftConfig", ()),
         ];
         let Some(mut s) = root.optional_section("peft")? else { return Ok(None) };
+        s.silence();
         s.name("_target_", "low-rank adapters", &NAMES)?;
-        s.block("_target_", "LoRA is not supported yet; leave `peft` out to train the weights themselves");
-        if !s.has("_target_") {
-            root.unsupported_unless("peft", "LoRA is not supported yet", |_| false);
-        }
         let config = Self {
             target_modules: s.texts("target_modules", "linears with an adapter")?.unwrap_or_default(),
             exclude_modules: s.texts("exclude_modules", "linears without one")?.unwrap_or_default(),
@@ -267,6 +265,8 @@ impl PeftConfig {
         s.none_of_effect(&["use_memory_efficient_lora", "use_triton"], "one implementation");
         s.none_of_effect(&["lora_dtype"], "adapters are float32");
         s.finish()?;
+        let reason = "LoRA is not supported yet; leave `peft` out to train the weights themselves";
+        root.unsupported_unless("peft", reason, |_| false);
         Ok(Some(config))
     }
 }
@@ -283,8 +283,10 @@ impl DistributedConfig {
         const STRATEGIES: [(&str, ()); 4] = [("fsdp2", ()), ("megatron_fsdp", ()), ("ddp", ()), ("none", ())];
         let one = |node: &super::yaml::Node| ["0", "1"].contains(&node.to_string().as_str());
         let mut s = root.section("distributed")?;
-        s.name("strategy", "all strategies are the same on one rank", &STRATEGIES)?;
-        s.no_effect("_target_", "all strategies are the same on one rank");
+        let same = "all strategies are the same on one rank";
+        s.name("strategy", same, &STRATEGIES)?;
+        s.mark("strategy", Effect::NoEffect(same));
+        s.no_effect("_target_", same);
         let layers = "layers are spread over ranks; this build trains on one";
         for (key, reason) in [
             ("dp_size", "data-parallel ranks; this build trains on one (raise the accumulation instead)"),

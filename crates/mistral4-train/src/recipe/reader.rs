@@ -26,13 +26,15 @@ pub(crate) struct Section<'a> {
     path: String,
     origin: Origin,
     entries: &'a [Entry],
-    known: Vec<&'static str>,
+    known: Vec<String>,
+    /// Whether what is read stays out of the report, because the whole section is reported by its parent.
+    silent: bool,
 }
 
 impl<'a> Section<'a> {
     pub(crate) fn root(reading: &'a Reading, root: &'a Node) -> Self {
         let entries = root.map().unwrap_or_default();
-        Self { reading, path: String::new(), origin: root.origin, entries, known: Vec::new() }
+        Self { reading, path: String::new(), origin: root.origin, entries, known: Vec::new(), silent: false }
     }
 
     /// Dotted name of a key of this section.
@@ -41,8 +43,8 @@ impl<'a> Section<'a> {
     }
 
     /// The value of a key, `None` when absent or null; the key counts as known from now on.
-    fn look(&mut self, key: &'static str) -> Option<&'a Node> {
-        self.known.push(key);
+    fn look(&mut self, key: &str) -> Option<&'a Node> {
+        self.known.push(key.to_owned());
         let node = self.entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node);
         node.filter(|node| !node.is_null())
     }
@@ -51,7 +53,15 @@ impl<'a> Section<'a> {
         Location { file: self.reading.file.clone(), origin: node.origin }
     }
 
+    /// Keeps what is read of this section out of the report.
+    pub(crate) fn silence(&mut self) {
+        self.silent = true;
+    }
+
     fn note(&self, key: &str, node: &Node, effect: Effect) {
+        if self.silent {
+            return;
+        }
         let key = self.key(key);
         let value = if is_secret(&key) { HIDDEN.to_owned() } else { node.to_string() };
         let entry = ReportEntry { key, value, location: self.location(node), effect };
@@ -161,24 +171,26 @@ impl<'a> Section<'a> {
     }
 
     /// A nested section; an absent one has no keys.
-    pub(crate) fn section(&mut self, key: &'static str) -> Result<Section<'a>> {
+    pub(crate) fn section(&mut self, key: &str) -> Result<Section<'a>> {
         Ok(self.optional_section(key)?.unwrap_or(Section {
             reading: self.reading,
             path: self.key(key),
             origin: self.origin,
             entries: &[],
             known: Vec::new(),
+            silent: self.silent,
         }))
     }
 
     /// A nested section, `None` when absent or null.
-    pub(crate) fn optional_section(&mut self, key: &'static str) -> Result<Option<Section<'a>>> {
+    pub(crate) fn optional_section(&mut self, key: &str) -> Result<Option<Section<'a>>> {
         let Some(node) = self.look(key) else { return Ok(None) };
         let Some(entries) = node.map() else {
             return Err(self.wrong(key, node, "a section (a mapping)"));
         };
         let path = self.key(key);
-        Ok(Some(Section { reading: self.reading, path, origin: node.origin, entries, known: Vec::new() }))
+        let (reading, origin, silent) = (self.reading, node.origin, self.silent);
+        Ok(Some(Section { reading, path, origin, entries, known: Vec::new(), silent }))
     }
 
     /// Whether a key is set to anything but null, without reading it.
@@ -192,7 +204,7 @@ impl<'a> Section<'a> {
     }
 
     /// The keys of this section.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let entries = self.entries;
         entries.iter().map(|entry| entry.key.as_str())
     }
@@ -238,12 +250,12 @@ impl<'a> Section<'a> {
         self.note(key, node, effect);
     }
 
-    /// Marks a key that was read as one that blocks a run after all.
-    pub(crate) fn block(&self, key: &str, reason: impl Into<String>) {
+    /// Changes what the report says about a key that was read.
+    pub(crate) fn mark(&self, key: &str, effect: Effect) {
         let full = self.key(key);
         let mut report = self.reading.report.borrow_mut();
         if let Some(entry) = report.entries.iter_mut().rev().find(|entry| entry.key == full) {
-            entry.effect = Effect::Unsupported(reason.into());
+            entry.effect = effect;
         }
     }
 
@@ -266,11 +278,11 @@ impl<'a> Section<'a> {
     /// The first key that nobody asked for, with the known key nearest to it.
     pub(crate) fn finish(self) -> Result<()> {
         for entry in self.entries {
-            if !self.known.contains(&entry.key.as_str()) {
+            if !self.known.contains(&entry.key) {
                 return Err(Error::UnknownKey {
                     location: Location { file: self.reading.file.clone(), origin: entry.origin },
                     key: self.key(&entry.key),
-                    nearest: nearest(&entry.key, self.known.iter().copied()),
+                    nearest: nearest(&entry.key, self.known.iter().map(String::as_str)),
                 });
             }
         }
