@@ -362,7 +362,7 @@ impl<'p> Parser<'p> {
             }
             ':' | '>' => self.body(depth),
             '#' => {
-                while let Some(next) = self.rest.next() {
+                for next in self.rest.by_ref() {
                     if next == ')' {
                         return Ok(None);
                     }
