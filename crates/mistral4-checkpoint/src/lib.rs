@@ -2,6 +2,7 @@
 
 pub mod config;
 mod error;
+pub mod hub;
 pub mod init;
 pub mod inspect;
 mod json;

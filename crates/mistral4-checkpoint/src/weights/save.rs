@@ -347,7 +347,8 @@ fn bias_warning(largest: f32, form: ConfigForm) -> Option<String> {
 
 /// transformers scales by mscale_all_dim's factor whenever it is there, whatever the configuration says besides.
 fn softmax_warning(config: &Config, form: ConfigForm, written: &Value) -> Vec<String> {
-    let rope = ["/text_config/rope_parameters", "/rope_parameters"].iter().find_map(|key| written.pointer(key));
+    let rope =
+        ["/text_config/rope_parameters", "/rope_parameters"].iter().find_map(|key| written.pointer(key));
     let has_factor = rope.and_then(|rope| rope.get("mscale_all_dim")).is_some_and(|factor| !factor.is_null());
     let ours = config.softmax_scale.value;
     let policy = if has_factor { SoftmaxScalePolicy::YarnMscale } else { SoftmaxScalePolicy::Standard };
