@@ -67,6 +67,14 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// An index of shards that cannot be used.
+    #[error("{}: malformed index: {problem}", file.display())]
+    Index {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A tensor that cannot be used as stored.
     #[error("{}: tensor `{key}`: {problem}", file.display())]
     Tensor {

@@ -37,7 +37,7 @@ pub(super) fn parse(file: &Path, root: &Map<String, Value>, options: &ConfigOpti
     let mut warnings = Vec::new();
     let moe = fields.object("moe")?.ok_or_else(|| Error::NotAModel {
         path: file.to_path_buf(),
-        problem: "params.json has no `moe`".into(),
+        problem: "there is no `moe`".into(),
         fix: "Mistral 4 is a mixture of experts; this is another model".into(),
     })?;
     let text = text_config(&fields, &moe)?;
@@ -174,6 +174,18 @@ fn rope(fields: &Fields<'_>, warnings: &mut Vec<String>) -> Result<(RopeParamete
         Some(scaling) => {
             let beta = scaling.positive("beta", 0.1)?;
             let original = scaling.required_size("original_max_position_embeddings")?;
+            if let Some(yarn) = &yarn
+                && yarn.original_max_position_embeddings != original
+            {
+                return Err(scaling.invalid(
+                    "original_max_position_embeddings",
+                    format!(
+                        "yarn has {}, and the model has one such length",
+                        yarn.original_max_position_embeddings
+                    ),
+                    "make the two the same",
+                ));
+            }
             warnings.extend(scaling.unknown(&[]));
             Some((beta, original))
         }

@@ -37,8 +37,12 @@ impl fmt::Display for CheckReport {
         }
         if !self.unusable.is_empty() {
             const SHOWN: usize = 8;
-            let mut shown: Vec<String> =
-                self.unusable.iter().take(SHOWN).map(|(key, problem)| format!("`{key}` {problem}")).collect();
+            let mut shown: Vec<String> = self
+                .unusable
+                .iter()
+                .take(SHOWN)
+                .map(|(key, problem)| format!("`{key}` ({problem})"))
+                .collect();
             if self.unusable.len() > SHOWN {
                 shown.push(format!("{} more", self.unusable.len() - SHOWN));
             }

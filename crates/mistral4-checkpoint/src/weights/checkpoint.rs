@@ -177,28 +177,28 @@ impl Checkpoint {
             Found::Pieces(pieces) => Some(
                 self.sources
                     .stacked_shape(pieces)
-                    .ok_or("is stored as single experts, some of which are missing or differ in shape")?,
+                    .ok_or("stored as single experts, some of which are missing or differ in shape")?,
             ),
         };
         if let Some(shape) = shape
             && shape != spec.shape
         {
-            return Err(format!("has shape {shape:?}, the model needs {:?}", spec.shape));
+            return Err(format!("shape {shape:?}, the model needs {:?}", spec.shape));
         }
         found.slots().try_for_each(|slot| self.check_slot(spec, slot))
     }
 
     fn check_slot(&self, spec: &TensorSpec, slot: &Slot) -> std::result::Result<(), String> {
-        let Some(place) = &slot.weight else { return Err("has a scale but no weight".into()) };
+        let Some(place) = &slot.weight else { return Err("a scale but no weight".into()) };
         let entry = self.sources.entry(place);
         if !decode::is_float(entry.dtype) {
-            return Err(format!("is stored as {}, which is not read", entry.dtype));
+            return Err(format!("stored as {}, which is not read", entry.dtype));
         }
         match (entry.dtype == StoredDType::F8E4M3, &slot.scale) {
-            (true, None) => Err("is stored as F8_E4M3 without a scale".into()),
+            (true, None) => Err("stored as F8_E4M3 without a scale".into()),
             (true, Some(_)) if !spec.is_quantisable() => Err("must not be quantised".into()),
             (true, Some(scale)) => self.scale(&entry.shape, scale).map(|_| ()),
-            (false, Some(_)) => Err(format!("is stored as {} and has a scale all the same", entry.dtype)),
+            (false, Some(_)) => Err(format!("stored as {} and has a scale all the same", entry.dtype)),
             (false, None) => Ok(()),
         }
     }

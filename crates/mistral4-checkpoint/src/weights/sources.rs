@@ -217,7 +217,7 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
 
 /// The shards an index names, with the keys it says they hold.
 fn indexed(folder: &Path, index: &Path) -> Result<Vec<(PathBuf, Vec<String>)>> {
-    let error = |problem: String| Error::Header { file: index.to_path_buf(), problem };
+    let error = |problem: String| Error::Index { file: index.to_path_buf(), problem };
     let value = json::read(index)?;
     let map = value
         .get("weight_map")
