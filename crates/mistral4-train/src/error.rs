@@ -66,6 +66,25 @@ pub struct AcceptedNames {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A step gave no number, so that going on would destroy the weights.
+    #[error("step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate, clip, or look at the data of this step")]
+    NotFinite {
+        /// The step.
+        step: usize,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+    /// The tokenizer or the image processor refused something.
+    #[error(transparent)]
+    Processor(#[from] mistral4_processor::Error),
+    /// The model refused its inputs or its weights.
+    #[error(transparent)]
+    Model(#[from] mistral4::Error),
+    /// A checkpoint could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] mistral4_checkpoint::Error),
     /// A file could not be read.
     #[error("cannot read {}", path.display())]
     Read {

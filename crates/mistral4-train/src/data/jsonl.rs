@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use serde_json::value::RawValue;
+
 use crate::error::{Error, Result};
 
 /// Longest line, in bytes: a longer one is no row.
@@ -68,7 +70,10 @@ impl JsonlFiles {
     pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
         let mut found = Self { files: Vec::new(), rows: Vec::new() };
         for path in paths {
-            found.index(path)?;
+            match path.extension().is_some_and(|extension| extension == "json") {
+                true => found.index_list(path)?,
+                false => found.index_lines(path)?,
+            }
         }
         if found.rows.is_empty() {
             let path = paths.first().cloned().unwrap_or_default();
@@ -77,7 +82,7 @@ impl JsonlFiles {
         Ok(found)
     }
 
-    fn index(&mut self, path: &Path) -> Result<()> {
+    fn index_lines(&mut self, path: &Path) -> Result<()> {
         let failed = |source| Error::Read { path: path.to_owned(), source };
         let file = File::open(path).map_err(failed)?;
         let mut reader = BufReader::with_capacity(1 << 20, &file);
@@ -99,6 +104,34 @@ impl JsonlFiles {
             }
             start += length;
         }
+        self.files.push((path.to_owned(), Mutex::new(file)));
+        Ok(())
+    }
+
+    /// The elements of a `.json` file's list, or its one object.
+    fn index_list(&mut self, path: &Path) -> Result<()> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let elements: Vec<&RawValue> = match text.trim_start().starts_with('[') {
+            true => serde_json::from_str(&text),
+            false => serde_json::from_str(&text).map(|object| vec![object]),
+        }
+        .map_err(|error| Error::Dataset { path: path.to_owned(), message: format!("not JSON: {error}") })?;
+        let (mut line, mut counted) = (1, 0);
+        for element in elements {
+            let element = element.get();
+            // An element is a part of the text, so its address tells its place.
+            let start = element.as_ptr() as usize - text.as_ptr() as usize;
+            line += text[counted..start].matches('\n').count();
+            counted = start;
+            self.rows.push(Row {
+                file: self.files.len(),
+                line,
+                start: start as u64,
+                length: element.len() as u64,
+            });
+        }
+        let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         self.files.push((path.to_owned(), Mutex::new(file)));
         Ok(())
     }
@@ -127,6 +160,44 @@ impl JsonlFiles {
                 field: "(row)".to_owned(),
                 message: "not UTF-8 text".to_owned(),
             }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn open(name: &str, text: &[u8]) -> (tempfile::TempDir, Result<JsonlFiles>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let files = JsonlFiles::open(&[path]);
+        (folder, files)
+    }
+
+    #[test]
+    fn a_json_list_has_a_row_an_element() {
+        let (_folder, files) = open("rows.json", b"[\n {\"a\": 1},\n\n {\"a\": [2,\n 3]}]");
+        let files = files.unwrap();
+        let lines: Vec<_> = (0..files.len()).map(|i| files.line(i).unwrap()).collect();
+        assert_eq!(lines.iter().map(|line| line.number).collect::<Vec<_>>(), [2, 4]);
+        assert_eq!(lines[1].text, "{\"a\": [2,\n 3]}");
+        assert_eq!(open("row.json", b" {\"a\": 1}").1.unwrap().len(), 1);
+        assert!(open("rows.json", b"[{]").1.err().unwrap().to_string().contains("not JSON"));
+        assert!(open("rows.json", b"[]").1.err().unwrap().to_string().contains("no row"));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_files_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), list in any::<bool>()) {
+            let (_folder, files) = open(if list { "rows.json" } else { "rows.jsonl" }, &bytes);
+            if let Ok(files) = files {
+                for i in 0..files.len() {
+                    let _ = files.line(i).and_then(|line| line.json::<serde_json::Value>());
+                }
+            }
         }
     }
 }

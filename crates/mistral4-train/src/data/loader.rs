@@ -173,7 +173,7 @@ impl Loader {
     /// As [`Loader::next_batch`].
     pub fn next_step(&mut self, grad_acc_steps: usize) -> Result<StepBatches> {
         assert!(self.batches_per_epoch() > 0, "StepScheduler::new refuses an epoch without batches");
-        let mut batches = Vec::with_capacity(grad_acc_steps);
+        let mut batches = Vec::new();
         while batches.len() < grad_acc_steps && self.batch < self.batches_per_epoch() {
             batches.extend(self.next_batch()?);
         }

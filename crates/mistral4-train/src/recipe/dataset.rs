@@ -196,8 +196,10 @@ impl DatasetSection {
             },
             Target::Mock => DatasetConfig::Mock {
                 vocab_size: s.count("vocab_size", "random ids are drawn below this")?.unwrap_or(1024),
-                seq_len: s.count("seq_len", "tokens of a sample")?.unwrap_or(1024),
-                num_samples: s.count("num_samples", "samples of an epoch")?.unwrap_or(1_000_000),
+                seq_len: s.count_up_to("seq_len", "tokens of a sample", 1 << 24)?.unwrap_or(1024),
+                num_samples: s
+                    .count_up_to("num_samples", "samples of an epoch", 1 << 27)?
+                    .unwrap_or(1_000_000),
             },
             Target::Hub(name) => {
                 read_hub(&mut s);

@@ -104,6 +104,17 @@ impl<'a> Section<'a> {
         self.read(key, what, "a whole number, 1 or more", |node| whole(node).filter(|&n| n > 0))
     }
 
+    /// A whole number of at least 1 and at most `most`, where a larger one would exhaust the memory.
+    pub(crate) fn count_up_to(
+        &mut self,
+        key: &'static str,
+        what: &'static str,
+        most: usize,
+    ) -> Result<Option<usize>> {
+        let expected = format!("a whole number from 1 to {most}");
+        self.read(key, what, &expected, |node| whole(node).filter(|n| (1..=most).contains(n)))
+    }
+
     /// A number that is not negative.
     pub(crate) fn non_negative(&mut self, key: &'static str, what: &'static str) -> Result<Option<f64>> {
         self.read(key, what, "a number, 0 or more", |node| number(node).filter(|&x| x >= 0.0))

@@ -1,7 +1,7 @@
 //! A model's parameters by name: the path of fields that leads to a parameter is its key in the checkpoint.
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::Tensor;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
 
 use crate::model::Mistral4;
 
@@ -10,8 +10,6 @@ use crate::model::Mistral4;
 pub struct NamedTensor {
     /// Canonical key, for example `model.layers.0.mlp.gate.weight`.
     pub key: String,
-    /// Identity of the parameter, by which its gradient is found.
-    pub id: ParamId,
     /// Shape in the checkpoint.
     pub shape: Vec<usize>,
     /// The values, `[elements]`.
@@ -57,9 +55,8 @@ impl ModuleVisitor for Collect {
         let values = param.val();
         self.found.push(NamedTensor {
             key: self.path.key(),
-            id: param.id,
             shape: values.dims().to_vec(),
-            trainable: param.is_require_grad(),
+            trainable: values.is_require_grad(),
             values: values.flatten(0, D - 1),
         });
     }
@@ -112,12 +109,102 @@ pub fn map_parameters<M: Module>(module: M, replace: impl FnMut(&str, Tensor<1>)
     module.map(&mut Replace { path: Path::default(), replace })
 }
 
+struct Collector<'a, F> {
+    path: Path,
+    gradients: &'a mut Gradients,
+    sink: F,
+}
+
+impl<F: FnMut(String, Tensor<1>)> ModuleVisitor for Collector<'_, F> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = param.val().grad_remove(self.gradients) {
+            (self.sink)(self.path.key(), gradient.flatten(0, D - 1));
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
+    }
+
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        self.path.exit(container_type);
+    }
+}
+
+/// Takes the gradients of a module's parameters out of a backward pass: `sink` gets keys and flat gradients.
+pub fn take_gradients<M: Module>(module: &M, gradients: &mut Gradients, sink: impl FnMut(String, Tensor<1>)) {
+    module.visit(&mut Collector { path: Path::default(), gradients, sink });
+}
+
+struct Freeze<F> {
+    path: Path,
+    is_frozen: F,
+}
+
+impl<F: Fn(&str) -> bool> ModuleMapper for Freeze<F> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if (self.is_frozen)(&self.path.key()) { param.set_require_grad(false) } else { param }
+    }
+
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
+    }
+
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        self.path.exit(container_type);
+    }
+}
+
 impl Mistral4 {
+    /// What stands before `model.` and `lm_head.` in the decoder's keys.
+    pub fn text_prefix(&self) -> &'static str {
+        match self {
+            Mistral4::Text(_) => "",
+            Mistral4::Multimodal(_) => "language_model.",
+        }
+    }
+
+    /// The same model on its device's autodiff backend, parameters that are not frozen asking for gradients.
+    pub fn train(&self) -> Self {
+        match self {
+            Mistral4::Text(model) => Mistral4::Text(model.clone().train()),
+            Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(model.as_ref().clone().train())),
+        }
+    }
+
     /// Every parameter with its canonical key.
     pub fn parameters(&self) -> Vec<NamedTensor> {
-        match self {
-            Mistral4::Text(model) => named_parameters(model),
+        // Only on the autodiff backend does a parameter tell whether it is trained.
+        let mut parameters = match self.train() {
+            Mistral4::Text(model) => named_parameters(&model),
             Mistral4::Multimodal(model) => named_parameters(model.as_ref()),
+        };
+        parameters.iter_mut().for_each(|p| p.values = p.values.clone().inner());
+        parameters
+    }
+
+    /// Replaces the values of parameters; see [`map_parameters`].
+    pub fn map_parameters(self, replace: impl FnMut(&str, Tensor<1>) -> Option<Tensor<1>>) -> Self {
+        match self {
+            Mistral4::Text(model) => Mistral4::Text(map_parameters(model, replace)),
+            Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(map_parameters(*model, replace))),
+        }
+    }
+
+    /// Keeps the parameters whose keys `is_frozen` names from being trained.
+    pub fn freeze(self, is_frozen: impl Fn(&str) -> bool) -> Self {
+        let mut freeze = Freeze { path: Path::default(), is_frozen };
+        match self {
+            Mistral4::Text(model) => Mistral4::Text(model.map(&mut freeze)),
+            Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(model.map(&mut freeze))),
+        }
+    }
+
+    /// Takes the gradients of all parameters out of a backward pass of this model (as [`Mistral4::train`] gave it).
+    pub fn take_gradients(&self, gradients: &mut Gradients, sink: impl FnMut(String, Tensor<1>)) {
+        match self {
+            Mistral4::Text(model) => take_gradients(model, gradients, sink),
+            Mistral4::Multimodal(model) => take_gradients(model.as_ref(), gradients, sink),
         }
     }
 }

@@ -1,0 +1,301 @@
+//! Loss and gradients of one micro-batch.
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use burn::tensor::{DType, Device, Gradients as BurnGradients, Int, Tensor, TensorData};
+use mistral4::inputs::{Layout, ModelInputs};
+use mistral4::model::Mistral4;
+use mistral4::model::decoder_layer::LayerContext;
+use mistral4::weights::take_gradients;
+use mistral4::{Images, ops};
+use mistral4_processor::ProcessedImage;
+
+use crate::data::{Batch, BatchLayout};
+use crate::error::Result;
+
+/// Gradients by canonical key, flat, f32, summed over micro-batches.
+#[derive(Debug, Default)]
+pub struct Gradients(BTreeMap<String, Tensor<1>>);
+
+impl Gradients {
+    /// Adds to the gradient of `key`.
+    fn add(&mut self, key: String, gradient: Tensor<1>) {
+        let gradient = gradient.cast(DType::F32);
+        let sum = match self.0.remove(&key) {
+            Some(sum) => sum + gradient,
+            None => gradient,
+        };
+        self.0.insert(key, sum);
+    }
+
+    /// The gradient of `key`, `[elements]`; `None` when the loss does not reach it.
+    pub fn get(&self, key: &str) -> Option<&Tensor<1>> {
+        self.0.get(key)
+    }
+
+    /// Takes the gradient of `key` out.
+    pub fn remove(&mut self, key: &str) -> Option<Tensor<1>> {
+        self.0.remove(key)
+    }
+
+    /// Keys and gradients, in the order of keys.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
+        self.0.iter().map(|(key, gradient)| (key.as_str(), gradient))
+    }
+
+    /// L2 norm over all gradients, summed in f64.
+    pub fn norm(&self) -> f64 {
+        let square = |gradient: &Tensor<1>| -> f64 {
+            if ops::is_fused(&gradient.device()) {
+                let data = gradient.to_data();
+                let values = data.as_slice::<f32>().expect("gradients are f32");
+                return mistral4_kernels::sum_of_squares(values);
+            }
+            f64::from(gradient.clone().square().sum().into_scalar::<f32>())
+        };
+        self.0.values().map(square).sum::<f64>().sqrt()
+    }
+
+    /// Multiplies every gradient by `factor`.
+    pub fn scale(&mut self, factor: f64) {
+        for gradient in self.0.values_mut() {
+            let scaled = gradient.clone() * factor;
+            *gradient = scaled;
+        }
+    }
+
+    /// Takes the gradients of a module's parameters out of a backward pass.
+    fn collect<M: Module>(&mut self, module: &M, prefix: &str, from: &mut BurnGradients) {
+        take_gradients(module, from, |key, gradient| self.add(format!("{prefix}{key}"), gradient));
+    }
+}
+
+/// What activations the backward pass finds again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// Those of every layer are kept.
+    #[default]
+    Kept,
+    /// Each layer's input is kept and the layer run again: memory of one layer at a time.
+    Recomputed,
+}
+
+/// A batch as the model takes it, with labels.
+#[derive(Debug, Clone)]
+pub struct LabelledInputs {
+    /// Inputs of the model.
+    pub inputs: ModelInputs,
+    /// What each position should predict, or -100, `[T]`.
+    pub labels: Vec<i64>,
+}
+
+impl LabelledInputs {
+    /// Moves a batch's images to `device` and keeps the rest.
+    pub fn new(batch: Batch, device: &Device) -> Self {
+        let layout = match batch.layout {
+            BatchLayout::Rows { batch, sequence } => Layout::Rows { batch, sequence },
+            BatchLayout::Packed { cu_seqlens } => Layout::Packed { cu_seqlens },
+        };
+        let images = images(&batch.images, device);
+        let inputs = ModelInputs {
+            input_ids: Some(batch.input_ids),
+            inputs_embeds: None,
+            layout,
+            attention_mask: batch.attention_mask,
+            explicit_mask: None,
+            position_ids: Some(batch.position_ids),
+            images,
+        };
+        Self { inputs, labels: batch.labels }
+    }
+
+    fn labels(&self, device: &Device) -> Tensor<1, Int> {
+        let count = self.labels.len();
+        Tensor::from_data(TensorData::new(self.labels.clone(), [count]), device)
+    }
+}
+
+/// Images of a batch, padded to the largest; `None` for none.
+pub fn images(images: &[impl std::borrow::Borrow<ProcessedImage>], device: &Device) -> Option<Images> {
+    let height = images.iter().map(|image| image.borrow().height).max()?;
+    let width = images.iter().map(|image| image.borrow().width).max()?;
+    let mut pixels = vec![0.0f32; images.len() * 3 * height * width];
+    for (image, pixels) in images.iter().zip(pixels.chunks_exact_mut(3 * height * width)) {
+        let image: &ProcessedImage = image.borrow();
+        for (row, values) in image.pixels.chunks_exact(image.width).enumerate() {
+            let (channel, y) = (row / image.height, row % image.height);
+            let start = (channel * height + y) * width;
+            pixels[start..start + image.width].copy_from_slice(values);
+        }
+    }
+    let shape = [images.len(), 3, height, width];
+    Some(Images {
+        pixel_values: Tensor::from_data(TensorData::new(pixels, shape), (device, DType::F32)),
+        image_sizes: images.iter().map(|image| (image.borrow().height, image.borrow().width)).collect(),
+    })
+}
+
+/// What one micro-batch measured.
+#[derive(Debug, Clone, Default)]
+pub struct MicroBatchLoss {
+    /// Sum of the cross entropy over labelled positions.
+    pub loss_sum: f64,
+    /// Sum of the layers' load-balancing losses.
+    pub aux_loss: f64,
+    /// Tokens sent to each expert, by layer.
+    pub loads: Vec<(usize, Vec<u64>)>,
+}
+
+/// Factors on the parts of the loss.
+#[derive(Debug, Clone, Copy)]
+pub struct LossScale {
+    /// On the summed cross entropy: one over the label tokens of the global batch.
+    pub per_token: f64,
+    /// On the load-balancing losses: one over the micro-batches of the step.
+    pub aux: f64,
+}
+
+/// Runs a micro-batch forward and backward and adds to `gradients`.
+///
+/// # Errors
+/// Inputs that the model refuses.
+pub fn forward_backward(
+    model: &Mistral4,
+    batch: &LabelledInputs,
+    scale: LossScale,
+    activations: Activations,
+    gradients: &mut Gradients,
+) -> Result<MicroBatchLoss> {
+    match activations {
+        Activations::Kept => whole(model, batch, scale, gradients),
+        Activations::Recomputed => layer_by_layer(model, batch, scale, gradients),
+    }
+}
+
+/// The summed cross entropy of a batch, without gradients.
+///
+/// # Errors
+/// Inputs that the model refuses.
+pub fn evaluate(model: &Mistral4, batch: &LabelledInputs) -> Result<f64> {
+    let text = model.text();
+    let mut x = model.embed(&batch.inputs)?;
+    let context = text.model.context(&batch.inputs, None)?;
+    for layer in &text.model.layers {
+        x = layer.forward(x, &context, None).0;
+    }
+    let labels = batch.labels(&x.device());
+    let loss = ops::linear_cross_entropy(text.model.norm.forward(x), text.lm_head.weight.val(), labels);
+    Ok(f64::from(loss.into_scalar::<f32>()))
+}
+
+/// One graph over the whole model.
+fn whole(
+    model: &Mistral4,
+    batch: &LabelledInputs,
+    scale: LossScale,
+    gradients: &mut Gradients,
+) -> Result<MicroBatchLoss> {
+    let trained = model.train();
+    let text = trained.text();
+    let mut measured = MicroBatchLoss::default();
+    let mut x = trained.embed(&batch.inputs)?;
+    let context = text.model.context(&batch.inputs, None)?;
+    let mut total = None;
+    for (index, layer) in text.model.layers.iter().enumerate() {
+        let (y, routing) = layer.forward(x, &context, None);
+        x = y;
+        if let Some(routing) = routing {
+            measured.loads.push((index, routing.load));
+            if let Some(aux) = routing.aux_loss {
+                measured.aux_loss += f64::from(aux.clone().inner().into_scalar::<f32>());
+                total = add(total, aux * scale.aux);
+            }
+        }
+    }
+    let labels = batch.labels(&x.device().without_autodiff());
+    let loss = ops::linear_cross_entropy(text.model.norm.forward(x), text.lm_head.weight.val(), labels);
+    measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
+    let total = add(total, loss * scale.per_token).expect("the cross entropy was just added");
+    if total.is_tracked() {
+        let mut from = total.backward();
+        trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
+    }
+    Ok(measured)
+}
+
+fn add(total: Option<Tensor<1>>, part: Tensor<1>) -> Option<Tensor<1>> {
+    Some(match total {
+        Some(total) => total + part,
+        None => part,
+    })
+}
+
+/// Forward without a graph, keeping each layer's input; then each layer again, alone, from last to first.
+fn layer_by_layer(
+    model: &Mistral4,
+    batch: &LabelledInputs,
+    scale: LossScale,
+    gradients: &mut Gradients,
+) -> Result<MicroBatchLoss> {
+    let text = model.text();
+    let prefix = model.text_prefix();
+    let mut measured = MicroBatchLoss::default();
+    let mut x = model.embed(&batch.inputs)?;
+    let context = text.model.context(&batch.inputs, None)?;
+    let mut inputs = Vec::with_capacity(text.model.layers.len());
+    for (index, layer) in text.model.layers.iter().enumerate() {
+        inputs.push(x.clone());
+        let (y, routing) = layer.forward(x, &context, None);
+        x = y;
+        if let Some(routing) = routing {
+            measured.loads.push((index, routing.load));
+            measured.aux_loss += routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
+        }
+    }
+
+    let norm = text.model.norm.clone().train();
+    let lm_head = text.lm_head.clone().train();
+    let labels = batch.labels(&x.device());
+    let leaf = x.autodiff().require_grad();
+    let loss = ops::linear_cross_entropy(norm.forward(leaf.clone()), lm_head.weight.val(), labels);
+    measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
+    let mut from = (loss * scale.per_token).backward();
+    gradients.collect(&norm, &format!("{prefix}model.norm."), &mut from);
+    gradients.collect(&lm_head, &format!("{prefix}lm_head."), &mut from);
+    let mut dx = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
+    drop(from);
+
+    for (index, input) in inputs.into_iter().enumerate().rev() {
+        let layer = text.model.layers[index].clone().train();
+        let leaf = input.autodiff().require_grad();
+        let total = seeded(&layer, leaf.clone(), &context, dx, scale.aux);
+        let mut from = total.backward();
+        gradients.collect(&layer, &format!("{prefix}model.layers.{index}."), &mut from);
+        dx = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
+    }
+
+    let trained = model.train();
+    let embeds = trained.embed(&batch.inputs)?;
+    if embeds.is_tracked() {
+        let mut from = (embeds * dx.autodiff()).sum().backward();
+        trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
+    }
+    Ok(measured)
+}
+
+/// A scalar whose gradient is that of the layer's output times `dy`, plus the layer's own losses.
+fn seeded(
+    layer: &mistral4::model::decoder_layer::DecoderLayer,
+    x: Tensor<2>,
+    context: &LayerContext,
+    dy: Tensor<2>,
+    aux_scale: f64,
+) -> Tensor<1> {
+    let (y, routing) = layer.forward(x, context, None);
+    let total = (y * dy.autodiff()).sum();
+    match routing.and_then(|routing| routing.aux_loss) {
+        Some(aux) => total + aux * aux_scale,
+        None => total,
+    }
+}
