@@ -1,13 +1,14 @@
 """Writes the golden fixtures of the tokenizer and the chat form with mistral_common.
 
-Pinned: mistral_common 1.13.1, tiktoken 0.14.0, pillow 13.0.0. The output is deterministic.
+Pinned: mistral_common 1.13.1, tiktoken 0.14.0, pillow 13.0.0, transformers 5.24.0, tokenizers as it asks for. The output is deterministic.
 
     python tools/golden/processor.py                        # tests/golden/processor, a vocabulary cut to VOCAB ranks
     python tools/golden/processor.py --full --out DIR       # the same cases over the full vocabulary, not committed
 
 The second form writes DIR/tekken.json; run the tests over it with MISTRAL4_PROCESSOR_GOLDENS=DIR.
 
-Files: `tekken.json` (a v15 file; tests change its version), `strings.json`, `conversations.json`.
+Files: `tekken.json` (a v15 file; tests change its version), `tokenizer.json` (the same vocabulary as transformers converts
+it), `strings.json`, `conversations.json`. Where Hugging Face's tokenizer gives other ids than tekken, `hf_ids` holds them.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from processor_cases import conversations, strings
 
@@ -155,14 +157,22 @@ def main():
     origin = {"format_version": FORMAT_VERSION, "mistral_common": mistral_common.__version__}
 
     tekken = found["v15", "test"].instruct_tokenizer.tokenizer
-    cases = []
+    converted = MistralConverter(vocab_file=str(arguments.out / "tekken.json")).converted()
+    converted.save(str(arguments.out / "tokenizer.json"), pretty=False)
+    converted.encode_special_tokens = True
+    cases, different = [], 0
     for text, times in strings(random.Random(4)):
         ids = tekken.encode(text * times, bos=False, eos=False)
         case = {"text": text}
         if times > 1:
             case["times"] = times
         case.update({"ids": ids} if len(ids) <= 300 else {"count": len(ids), "fnv": fnv(ids)})
+        hf_ids = converted.encode(text * times, add_special_tokens=False).ids
+        if hf_ids != ids:
+            different += 1
+            case["hf_ids"] = hf_ids
         cases.append(case)
+    print(len(cases), "strings,", different, "with other ids in tokenizer.json")
     write(arguments.out / "strings.json", {**origin, "cases": cases})
 
     cases = []

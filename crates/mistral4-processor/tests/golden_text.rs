@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mistral4_processor::chat::{ChatRenderer, ChatRequest, ImageSource};
 use mistral4_processor::image::ImageProcessorKind;
-use mistral4_processor::{Error, ImageProcessor, SpecialTokens, Tokenizer, ValidationMode};
+use mistral4_processor::{Error, ImageProcessor, SpecialTokens, Tokenizer, TokenizerVersion, ValidationMode};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
@@ -43,6 +43,25 @@ struct StringCase {
     ids: Option<Vec<u32>>,
     count: Option<usize>,
     fnv: Option<String>,
+    hf_ids: Option<Vec<u32>>,
+}
+
+impl StringCase {
+    fn text(&self) -> String {
+        self.text.repeat(self.times.unwrap_or(1))
+    }
+
+    fn check(&self, ids: &[u32]) {
+        match &self.ids {
+            Some(expected) => assert_eq!(ids, expected, "{:?}", self.text),
+            None => assert_eq!(
+                (Some(ids.len()), Some(fnv(ids))),
+                (self.count, self.fnv.clone()),
+                "{:?}",
+                self.text
+            ),
+        }
+    }
 }
 
 fn fnv(ids: &[u32]) -> String {
@@ -58,17 +77,38 @@ fn strings_give_the_ids_of_mistral_common_and_decode_back() {
     let cases: Vec<StringCase> = goldens("strings.json");
     assert!(cases.len() >= 2000);
     for case in cases {
-        let text = case.text.repeat(case.times.unwrap_or(1));
+        let text = case.text();
         let ids = tokenizer.encode(&text).expect("text encodes");
-        match case.ids {
-            Some(expected) => assert_eq!(ids, expected, "{text:?}"),
-            None => assert_eq!((Some(ids.len()), Some(fnv(&ids))), (case.count, case.fnv), "{:?}", case.text),
-        }
+        case.check(&ids);
         assert_eq!(tokenizer.decode(&ids, SpecialTokens::Keep).expect("ids decode"), text);
         let mut stream = tokenizer.decode_stream(SpecialTokens::Keep);
         let mut streamed: String = ids.iter().map(|id| stream.push(*id).expect("known ids")).collect();
         streamed.push_str(&stream.finish());
         assert_eq!(streamed, text);
+    }
+}
+
+#[test]
+fn tokenizer_json_gives_the_ids_of_hugging_face() {
+    let mut file: Value = serde_json::from_str(&read("tokenizer.json")).expect("the fixture parses");
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("tokenizer.json");
+    for ignore_merges in [true, false] {
+        // In this vocabulary every token is reached by merges, so both settings give the same ids.
+        file["model"]["ignore_merges"] = ignore_merges.into();
+        std::fs::write(&path, file.to_string()).expect("the folder is writable");
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("the fixture loads");
+        assert_eq!(tokenizer.version(), TokenizerVersion::V15);
+        assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (1, 2, Some(11)));
+        for case in goldens::<StringCase>("strings.json") {
+            let text = case.text();
+            let ids = tokenizer.encode(&text).expect("text encodes");
+            match &case.hf_ids {
+                Some(expected) => assert_eq!(ids, *expected, "{text:?}"),
+                None => case.check(&ids),
+            }
+            assert_eq!(tokenizer.decode(&ids, SpecialTokens::Keep).expect("ids decode"), text);
+        }
     }
 }
 

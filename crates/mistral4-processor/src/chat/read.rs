@@ -95,6 +95,7 @@ impl ChatRequest {
     }
 }
 
+/// Numbers arrive as the deserializer rounds them, so [`ChatRequest::from_json`] is the exact way in for JSON text.
 impl<'de> Deserialize<'de> for ChatRequest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         Self::from_value(&Json::deserialize(deserializer)?).map_err(D::Error::custom)

@@ -11,6 +11,9 @@ use crate::{Error, Result};
 /// Larger pictures are refused before anything is allocated for them (Pillow refuses at twice 89 million).
 const MAX_PIXELS: u64 = 178_956_970;
 
+/// A longer side is refused: its filter weights alone would take gigabytes.
+const MAX_SIDE: u32 = 1 << 18;
+
 /// A decoded picture: upright, 8 bits a channel, RGB or RGBA.
 ///
 /// Grey, palette, CMYK and 16-bit pictures are converted, the EXIF orientation is applied. Transparency is kept, because
@@ -43,8 +46,10 @@ impl SourceImage {
         if width == 0 || height == 0 {
             return Err(failed("the picture has no pixels".to_owned()));
         }
-        if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Err(failed(format!("{width}x{height} is more than the limit of {MAX_PIXELS} pixels")));
+        if u64::from(width) * u64::from(height) > MAX_PIXELS || width.max(height) > MAX_SIDE {
+            let reason =
+                format!("{width}x{height} is more than {MAX_PIXELS} pixels or than {MAX_SIDE} on a side");
+            return Err(failed(reason));
         }
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| failed(error.to_string()))?;
