@@ -3,7 +3,7 @@ use super::Attention;
 use super::blocks::{self, KEYS, Lanes, key_blocks, lanes_panel, multiply, scores_panel};
 use super::forward::probabilities;
 use crate::element::Element;
-use crate::gemm::{Bf16Pair, MR, NR, Panel, TileOut, pack_rows, pairs, tile_rows};
+use crate::gemm::{Bf16Pair, NR, Panel, TileOut, pack_rows, pairs, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -95,7 +95,7 @@ impl<T: Element> Backward<'_, T> {
         &self.dout[(row * self.input.dims.heads + head) * value_dim..][..value_dim]
     }
 
-    fn pack<P: Panel>(&self, keys: std::ops::Range<usize>, kv_head: usize) -> Packed<P> {
+    fn pack<P: Panel>(&self, isa: Isa, keys: std::ops::Range<usize>, kv_head: usize) -> Packed<P> {
         let (head_dim, value_dim) = (self.input.dims.head_dim, self.input.dims.value_dim);
         let (head_steps, value_steps) = (head_dim.div_ceil(P::STEP), value_dim.div_ceil(P::STEP));
         let len = keys.len();
@@ -107,12 +107,12 @@ impl<T: Element> Backward<'_, T> {
         for block in key_blocks(len) {
             let row = |i: usize| keys.start + block.start + i;
             let out = &mut packed.keys[block.start * head_steps..block.end * head_steps];
-            blocks::pack_vectors(block.len(), head_dim, |i| self.input.k_row(row(i), kv_head), out);
+            blocks::pack_vectors(isa, [block.len(), head_dim], |i| self.input.k_row(row(i), kv_head), out);
             let out = &mut packed.values[block.start * value_steps..block.end * value_steps];
-            blocks::pack_vectors(block.len(), value_dim, |i| self.input.v_row(row(i), kv_head), out);
+            blocks::pack_vectors(isa, [block.len(), value_dim], |i| self.input.v_row(row(i), kv_head), out);
             let steps = block.start / P::STEP..block.end.div_ceil(P::STEP);
             let out = &mut packed.keys_columns[steps.start * head_dim..steps.end * head_dim];
-            blocks::pack_columns(head_dim, block.len(), |i| self.input.k_row(row(i), kv_head), out);
+            blocks::pack_columns(isa, [head_dim, block.len()], |i| self.input.k_row(row(i), kv_head), out);
         }
         packed
     }
@@ -125,7 +125,7 @@ impl<T: Element> Backward<'_, T> {
         let mut dk = scratch::zeros(self.key_rows * dk_width);
         let mut dv = scratch::zeros(self.key_rows * dv_width);
         for segment in self.input.segments {
-            let packed = self.pack::<P>(segment.k.clone(), kv_head);
+            let packed = self.pack::<P>(isa, segment.k.clone(), kv_head);
             for block in 0..Lanes::blocks(segment, self.input.group()) {
                 let lanes = Lanes::new(segment, self.input.group(), kv_head, block);
                 let dk = &mut dk[segment.k.start * dk_width..segment.k.end * dk_width];
@@ -163,10 +163,10 @@ impl<T: Element> Backward<'_, T> {
         let (head_steps, value_steps) = (dims.head_dim.div_ceil(P::STEP), dims.value_dim.div_ceil(P::STEP));
         let q_row = |row: usize, head: usize| self.input.q_row(row, head);
         let dout_row = |row: usize, head: usize| self.dout_row(row, head);
-        let queries = lanes_panel::<P, T>(lanes, dims.head_dim, q_row);
-        let douts = lanes_panel::<P, T>(lanes, dims.value_dim, dout_row);
-        let query_columns = columns_panels::<P, T>(lanes, dims.head_dim, q_row);
-        let dout_columns = columns_panels::<P, T>(lanes, dims.value_dim, dout_row);
+        let queries = lanes_panel::<P, T>(isa, lanes, dims.head_dim, q_row);
+        let douts = lanes_panel::<P, T>(isa, lanes, dims.value_dim, dout_row);
+        let query_columns = columns_panels::<P, T>(isa, lanes, dims.head_dim, q_row);
+        let dout_columns = columns_panels::<P, T>(isa, lanes, dims.value_dim, dout_row);
         // Lanes without keys have no probability to differentiate; any finite value does.
         let (mut lse, mut delta) = ([0.0f32; NR], [0.0f32; NR]);
         for lane in 0..lanes.len() {
@@ -201,7 +201,7 @@ impl<T: Element> Backward<'_, T> {
             );
             let columns = &packed.keys_columns
                 [block.start / P::STEP * dims.head_dim..block.end.div_ceil(P::STEP) * dims.head_dim];
-            multiply(isa, columns, dims.head_dim, &scores_panel::<P>(ds), &mut dq, true);
+            multiply(isa, columns, dims.head_dim, &scores_panel::<P>(isa, ds), &mut dq, true);
         }
         for lane in 0..lanes.len() {
             let (row, head) = lanes.query(lane);
@@ -221,6 +221,7 @@ fn dv_stride(width: usize) -> usize {
 
 /// The vectors of the lanes as right panels whose summed axis is the lanes: `[panel][lane steps, NR]`.
 fn columns_panels<'a, P: Panel, T: Element>(
+    isa: Isa,
     lanes: &Lanes,
     width: usize,
     vector: impl Fn(usize, usize) -> &'a [T],
@@ -234,7 +235,7 @@ fn columns_panels<'a, P: Panel, T: Element>(
             &vector(row, head)[columns.start..]
         };
         let used = lanes.len().div_ceil(P::STEP) * NR;
-        pack_rows(lanes.len(), columns.len(), NR, row, &mut panel[..used]);
+        pack_rows(isa, lanes.len(), [columns.len(), NR], row, &mut panel[..used]);
         panel[used..].fill(P::default());
     }
     panels
@@ -245,11 +246,11 @@ fn add_lanes_product<P: Panel>(isa: Isa, scores: &[f32], panels: &[P], out: &mut
     let keys = scores.len() / NR;
     let steps = NR / P::STEP;
     let mut left = scratch::take::<P>(keys * steps);
-    blocks::pack_vectors(keys, NR, |key| &scores[key * NR..(key + 1) * NR], &mut left);
+    blocks::pack_vectors(isa, [keys, NR], |key| &scores[key * NR..(key + 1) * NR], &mut left);
     let panel_len = steps * NR;
     let stride = panels.len() / panel_len * NR;
     assert!(out.len() >= keys * stride);
-    for tile in (0..keys.div_ceil(MR)).map(|i| tile_rows(keys, i)) {
+    for tile in tiles(0..keys) {
         let left = &left[tile.start * steps..tile.end * steps];
         for (i, panel) in panels.chunks_exact(panel_len).enumerate() {
             let ptr = out[tile.start * stride + i * NR..].as_mut_ptr();

@@ -1,7 +1,7 @@
 //! Lanes of queries and packed blocks of keys and values.
 use super::{Attention, Segment};
 use crate::element::Element;
-use crate::gemm::{MR, NR, Panel, TileOut, pack_lanes, pack_rows, tile_rows};
+use crate::gemm::{MR, NR, Panel, TileOut, pack_lanes, pack_rows, tiles};
 use crate::isa::Isa;
 use crate::scratch::{self, Scratch};
 use std::ops::Range;
@@ -57,29 +57,29 @@ pub(super) fn key_blocks(keys: usize) -> impl Iterator<Item = Range<usize>> {
 
 /// Left tiles whose rows are `rows` vectors of `depth` elements: `[tile][steps, rows of tile]`.
 pub(super) fn pack_vectors<'a, P: Panel, T: Element>(
-    rows: usize,
-    depth: usize,
+    isa: Isa,
+    [rows, depth]: [usize; 2],
     row: impl Fn(usize) -> &'a [T],
     out: &mut [P],
 ) {
     let steps = depth.div_ceil(P::STEP);
-    for tile in (0..rows.div_ceil(MR)).map(|i| tile_rows(rows, i)) {
+    for tile in tiles(0..rows) {
         let out = &mut out[tile.start * steps..tile.end * steps];
-        pack_lanes(depth, tile.len(), tile.len(), |i| row(tile.start + i), out);
+        pack_lanes(isa, depth, [tile.len(), tile.len()], |i| row(tile.start + i), out);
     }
 }
 
 /// Left tiles whose rows are the `width` columns of `depth` vectors.
 pub(super) fn pack_columns<'a, P: Panel, T: Element>(
-    width: usize,
-    depth: usize,
+    isa: Isa,
+    [width, depth]: [usize; 2],
     row: impl Fn(usize) -> &'a [T],
     out: &mut [P],
 ) {
     let steps = depth.div_ceil(P::STEP);
-    for tile in (0..width.div_ceil(MR)).map(|i| tile_rows(width, i)) {
+    for tile in tiles(0..width) {
         let out = &mut out[tile.start * steps..tile.end * steps];
-        pack_rows(depth, tile.len(), tile.len(), |k| &row(k)[tile.start..], out);
+        pack_rows(isa, depth, [tile.len(), tile.len()], |k| &row(k)[tile.start..], out);
     }
 }
 
@@ -94,7 +94,7 @@ pub(super) fn multiply<P: Panel>(
 ) {
     assert!(out.len() >= rows * NR);
     let steps = right.len() / NR;
-    for tile in (0..rows.div_ceil(MR)).map(|i| tile_rows(rows, i)) {
+    for tile in tiles(0..rows) {
         let left = &left[tile.start * steps..tile.end * steps];
         let out = TileOut { ptr: out[tile.start * NR..].as_mut_ptr(), stride: NR, accumulate };
         // SAFETY: `out` holds `rows` rows of `NR` floats.
@@ -103,15 +103,16 @@ pub(super) fn multiply<P: Panel>(
 }
 
 /// Packs scores `[keys, lanes]` as a right panel.
-pub(super) fn scores_panel<P: Panel>(scores: &[f32]) -> Scratch<P> {
+pub(super) fn scores_panel<P: Panel>(isa: Isa, scores: &[f32]) -> Scratch<P> {
     let keys = scores.len() / NR;
     let mut panel = scratch::take(keys.div_ceil(P::STEP) * NR);
-    pack_rows(keys, NR, NR, |key| &scores[key * NR..], &mut panel);
+    pack_rows(isa, keys, [NR, NR], |key| &scores[key * NR..], &mut panel);
     panel
 }
 
 /// Packs the vectors of the lanes as a right panel of `depth` rows.
 pub(super) fn lanes_panel<'a, P: Panel, T: Element>(
+    isa: Isa,
     lanes: &Lanes,
     depth: usize,
     vector: impl Fn(usize, usize) -> &'a [T],
@@ -121,26 +122,28 @@ pub(super) fn lanes_panel<'a, P: Panel, T: Element>(
         let (row, head) = lanes.query(i);
         vector(row, head)
     };
-    pack_lanes(depth, lanes.len(), NR, lane, &mut panel);
+    pack_lanes(isa, depth, [lanes.len(), NR], lane, &mut panel);
     panel
 }
 
 /// Packs the keys of one block, for scores.
 pub(super) fn pack_keys<P: Panel, T: Element>(
+    isa: Isa,
     input: &Attention<'_, T>,
     rows: Range<usize>,
     kv_head: usize,
     out: &mut [P],
 ) {
-    pack_vectors(rows.len(), input.dims.head_dim, |i| input.k_row(rows.start + i, kv_head), out);
+    pack_vectors(isa, [rows.len(), input.dims.head_dim], |i| input.k_row(rows.start + i, kv_head), out);
 }
 
 /// Packs the values of one block, for the weighted sum.
 pub(super) fn pack_values<P: Panel, T: Element>(
+    isa: Isa,
     input: &Attention<'_, T>,
     rows: Range<usize>,
     kv_head: usize,
     out: &mut [P],
 ) {
-    pack_columns(input.dims.value_dim, rows.len(), |i| input.v_row(rows.start + i, kv_head), out);
+    pack_columns(isa, [input.dims.value_dim, rows.len()], |i| input.v_row(rows.start + i, kv_head), out);
 }

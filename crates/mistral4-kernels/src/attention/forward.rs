@@ -38,7 +38,12 @@ struct Packed<P: Panel> {
     values: Scratch<P>,
 }
 
-fn pack<P: Panel, T: Element>(input: &Attention<'_, T>, segment: &Segment, kv_head: usize) -> Packed<P> {
+fn pack<P: Panel, T: Element>(
+    isa: Isa,
+    input: &Attention<'_, T>,
+    segment: &Segment,
+    kv_head: usize,
+) -> Packed<P> {
     let key_steps = input.dims.head_dim.div_ceil(P::STEP);
     let value_dim = input.dims.value_dim;
     let len = segment.k.len();
@@ -47,10 +52,10 @@ fn pack<P: Panel, T: Element>(input: &Attention<'_, T>, segment: &Segment, kv_he
     for block in key_blocks(len) {
         let rows = segment.k.start + block.start..segment.k.start + block.end;
         let out = &mut keys[block.start * key_steps..block.end * key_steps];
-        blocks::pack_keys(input, rows.clone(), kv_head, out);
+        blocks::pack_keys(isa, input, rows.clone(), kv_head, out);
         let steps = block.start / P::STEP..block.end.div_ceil(P::STEP);
         let out = &mut values[steps.start * value_dim..steps.end * value_dim];
-        blocks::pack_values(input, rows, kv_head, out);
+        blocks::pack_values(isa, input, rows, kv_head, out);
     }
     Packed { keys, values }
 }
@@ -62,7 +67,9 @@ fn forward<P: Panel, T: Element>(isa: Isa, input: &Attention<'_, T>, out: &mut [
     let shared = Shared::new(&mut packed);
     parallel::for_each(input.segments.len() * kv_heads, |i| {
         // SAFETY: each task owns one entry.
-        unsafe { shared.slice(i..i + 1)[0] = Some(pack(input, &input.segments[i / kv_heads], i % kv_heads)) };
+        unsafe {
+            shared.slice(i..i + 1)[0] = Some(pack(isa, input, &input.segments[i / kv_heads], i % kv_heads))
+        };
     });
     let mut tasks = Vec::new();
     for (s, segment) in input.segments.iter().enumerate() {
@@ -99,7 +106,7 @@ fn lane_block<P: Panel, T: Element>(
     lse: Shared<'_, f32>,
 ) {
     let dims = input.dims;
-    let queries = lanes_panel::<P, T>(lanes, dims.head_dim, |row, head| input.q_row(row, head));
+    let queries = lanes_panel::<P, T>(isa, lanes, dims.head_dim, |row, head| input.q_row(row, head));
     let mut softmax = Softmax { max: [f32::NEG_INFINITY; NR], sum: [0.0; NR], rescale: [1.0; NR] };
     let mut sums = scratch::zeros(dims.value_dim * NR);
     let mut scores = scratch::take::<f32>(KEYS * NR);
@@ -113,7 +120,7 @@ fn lane_block<P: Panel, T: Element>(
         rescale(isa, &mut sums, &softmax.rescale);
         let left = &packed.values
             [block.start / P::STEP * dims.value_dim..block.end.div_ceil(P::STEP) * dims.value_dim];
-        multiply(isa, left, dims.value_dim, &scores_panel::<P>(scores), &mut sums, true);
+        multiply(isa, left, dims.value_dim, &scores_panel::<P>(isa, scores), &mut sums, true);
     }
     for lane in 0..lanes.len() {
         let (row, head) = lanes.query(lane);

@@ -3,7 +3,9 @@ use super::forward::{activate, gelu_tanh_argument, scatter};
 use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, MR, NR, Panel, multiply_tile, pack_lanes, pack_rows, pairs, tile_rows};
+use crate::gemm::{
+    Bf16Pair, MR, NR, Panel, Target, multiply_rows, pack_lanes, pack_rows, pairs, tiles, write_rows,
+};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -67,34 +69,34 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     // `[rows, 2F]` gate and up, which become their gradients; `[rows, F]` gradient of the weighted inner
     // activation, which becomes that activation.
     let mut gate_up = {
-        let x = groups.pack_left::<P, X>(hidden, |row| experts.x_row(groups.token(row)));
-        rows_product::<P>(isa, &groups, &x, hidden, 2 * inter, |expert, cols, right| {
-            let lane = |i: usize| experts.gate_up_row(expert, cols.start + i);
-            pack_lanes(hidden, cols.len(), NR, lane, right);
+        let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
+        rows_product::<P>(isa, &groups, &x, [hidden, 2 * inter], |expert, cols, depth, right| {
+            let lane = |i: usize| &experts.gate_up_row(expert, cols.start + i)[depth.start..];
+            pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
         })
     };
     let mut inner = {
-        let dout = groups.pack_left::<P, X>(hidden, |row| dout_row(groups.token(row)));
-        rows_product::<P>(isa, &groups, &dout, hidden, inter, |expert, cols, right| {
-            let row = |k: usize| &experts.down_row(expert, k)[cols.start..];
-            pack_rows(hidden, cols.len(), NR, row, right);
+        let dout = groups.pack_left::<P, X>(isa, hidden, |row| dout_row(groups.token(row)));
+        rows_product::<P>(isa, &groups, &dout, [hidden, inter], |expert, cols, depth, right| {
+            let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
+            pack_rows(isa, depth.len(), [cols.len(), NR], row, right);
         })
     };
     differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
 
     if let Some(dx) = grads.x {
-        let left = groups.pack_left::<P, f32>(2 * inter, |row| &gate_up[row * 2 * inter..]);
-        let steps = (2 * inter).div_ceil(P::STEP);
+        let left = groups.pack_left::<P, f32>(isa, 2 * inter, |row| &gate_up[row * 2 * inter..]);
         scatter(
+            isa,
             &groups,
             dx,
             hidden,
             |cols, add| {
-                let pack = |expert: usize, right: &mut [P]| {
-                    let row = |k: usize| &experts.gate_up_row(expert, k)[cols.start..];
-                    pack_rows(2 * inter, cols.len(), NR, row, right);
+                let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
+                    let row = |k: usize| &experts.gate_up_row(expert, depth.start + k)[cols.start..];
+                    pack_rows(isa, depth.len(), [cols.len(), NR], row, right);
                 };
-                groups.multiply(isa, &left, steps, pack, |rows, tile| add(rows, tile));
+                groups.multiply(isa, &left, 2 * inter, pack, |rows, sums| add(rows, sums));
             },
             |_| 1.0,
         );
@@ -116,21 +118,20 @@ fn rows_product<P: Panel>(
     isa: Isa,
     groups: &Groups,
     left: &[P],
-    depth: usize,
-    columns: usize,
-    pack_right: impl Fn(usize, Range<usize>, &mut [P]) + Sync + Send,
+    [depth, columns]: [usize; 2],
+    pack_right: impl Fn(usize, Range<usize>, Range<usize>, &mut [P]) + Sync + Send,
 ) -> Scratch<f32> {
     let mut out = scratch::take::<f32>(groups.rows() * columns);
     let shared = Shared::new(&mut out);
     parallel::for_each_chunk(columns, NR, |cols| {
-        let pack = |expert: usize, right: &mut [P]| pack_right(expert, cols.clone(), right);
-        groups.multiply(isa, left, depth.div_ceil(P::STEP), pack, |rows, tile| {
-            for (row, sums) in rows.zip(tile.as_chunks::<NR>().0) {
-                let start = row * columns + cols.start;
-                // SAFETY: each task owns its columns.
-                let target = unsafe { shared.slice(start..start + cols.len()) };
-                target.copy_from_slice(&sums[..cols.len()]);
-            }
+        let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
+            pack_right(expert, cols.clone(), depth, right);
+        };
+        groups.multiply(isa, left, depth, pack, |rows, sums| {
+            let first = rows.start * columns + cols.start;
+            let target = Target { first, stride: columns, columns: cols.len() };
+            // SAFETY: each task owns its columns.
+            unsafe { write_rows(isa, sums, shared, target, false) };
         });
     });
     out
@@ -145,46 +146,44 @@ fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
     right: impl Fn(usize) -> &'a [R] + Sync + Send,
     out: &mut [W],
 ) {
-    let mut used = groups.used.iter().map(|(expert, _)| *expert).peekable();
-    for (expert, out) in out.chunks_exact_mut(m * n).enumerate() {
-        if used.next_if_eq(&expert).is_none() {
-            out.fill(W::default());
-        }
-    }
-    let out = Shared::new(out);
-    let tiles = m.div_ceil(MR);
+    /// Rows of the output that one task computes.
+    const ROWS: usize = 32 * MR;
+    let mut used = vec![None; out.len().checked_div(m * n).unwrap_or(0)];
     for (expert, rows) in &groups.used {
+        used[*expert] = Some(rows.clone());
+    }
+    let parts = m.div_ceil(ROWS);
+    let out = Shared::new(out);
+    parallel::for_each(used.len() * parts, |task| {
+        let (expert, part) = (task / parts, task % parts);
+        let outputs = m * part / parts..m * (part + 1) / parts;
+        let first = (expert * m + outputs.start) * n;
+        let Some(rows) = used[expert].clone() else {
+            // SAFETY: each task owns its rows of one expert.
+            unsafe { out.slice(first..first + outputs.len() * n) }.fill(W::default());
+            return;
+        };
         let depth = rows.len();
         let steps = depth.div_ceil(P::STEP);
-        let mut packed = scratch::take::<P>(m * steps);
-        let shared = Shared::new(&mut packed);
-        parallel::for_each_chunk(tiles, 8, |chunk| {
-            for tile in chunk.map(|i| tile_rows(m, i)) {
-                // SAFETY: tiles are disjoint ranges of rows.
-                let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
-                let row = |k: usize| &left(rows.start + k)[tile.start..];
-                pack_rows(depth, tile.len(), tile.len(), row, out);
-            }
-        });
-        let packed = &*packed;
-        parallel::for_each_chunk(n, NR, |cols| {
-            let mut panel = scratch::take::<P>(steps * NR);
-            pack_rows(depth, cols.len(), NR, |k| &right(rows.start + k)[cols.start..], &mut panel);
-            let mut sums = [0.0f32; MR * NR];
-            for tile in (0..tiles).map(|i| tile_rows(m, i)) {
-                let left = &packed[tile.start * steps..tile.end * steps];
-                multiply_tile(isa, left, &panel, tile.len(), &mut sums);
-                for (row, sums) in tile.zip(sums.as_chunks::<NR>().0) {
-                    let start = (expert * m + row) * n + cols.start;
-                    // SAFETY: each task owns its columns.
-                    let target = unsafe { out.slice(start..start + cols.len()) };
-                    for (target, sum) in target.iter_mut().zip(sums) {
-                        *target = W::from_f32(*sum);
-                    }
-                }
-            }
-        });
-    }
+        let mut packed = scratch::take::<P>(outputs.len() * steps);
+        for tile in tiles(0..outputs.len()) {
+            let row = |k: usize| &left(rows.start + k)[outputs.start + tile.start..];
+            let out = &mut packed[tile.start * steps..tile.end * steps];
+            pack_rows(isa, depth, [tile.len(), tile.len()], row, out);
+        }
+        let mut sums = scratch::take::<f32>(outputs.len() * NR);
+        for start in (0..n).step_by(NR) {
+            let columns = NR.min(n - start);
+            let pack = |depth: Range<usize>, panel: &mut [P]| {
+                let row = |k: usize| &right(rows.start + depth.start + k)[start..];
+                pack_rows(isa, depth.len(), [columns, NR], row, panel);
+            };
+            multiply_rows(isa, &packed, 0..outputs.len(), depth, pack, &mut sums);
+            let target = Target { first: first + start, stride: n, columns };
+            // SAFETY: each task owns its rows of one expert.
+            unsafe { write_rows(isa, &sums, out, target, false) };
+        }
+    });
 }
 
 /// Turns gate and up into their gradients, and the inner gradient into the weighted inner activation.

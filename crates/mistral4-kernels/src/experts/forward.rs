@@ -2,11 +2,12 @@
 use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, NR, Panel, pack_lanes, pairs};
+use crate::gemm::{Bf16Pair, NR, Panel, Target, pack_lanes, pairs, tiles, write_rows};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
 use crate::vector::{erf, per_isa, sigmoid, tanh};
+use std::ops::Range;
 
 /// Gate columns in a panel; the other half holds the same columns of up.
 const HALF: usize = NR / 2;
@@ -37,19 +38,19 @@ fn forward<P: Panel, X: Element, W: Element, I: Index>(
 ) {
     let ExpertDims { top_k, experts: count, hidden, inter, .. } = experts.dims;
     let groups = Groups::new(experts.indices, top_k, count);
-    let x = groups.pack_left::<P, X>(hidden, |row| experts.x_row(groups.token(row)));
+    let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
     let inner = gated(isa, experts, &groups, &x);
-    let steps = inter.div_ceil(P::STEP);
     scatter(
+        isa,
         &groups,
         out,
         hidden,
         |cols, add| {
-            let pack = |expert: usize, right: &mut [P]| {
-                let lane = |i: usize| experts.down_row(expert, cols.start + i);
-                pack_lanes(inter, cols.len(), NR, lane, right);
+            let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
+                let lane = |i: usize| &experts.down_row(expert, cols.start + i)[depth.start..];
+                pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
             };
-            groups.multiply(isa, &inner, steps, pack, |rows, tile| add(rows, tile));
+            groups.multiply(isa, &inner, inter, pack, |rows, sums| add(rows, sums));
         },
         |row| experts.weights[groups.slot(row)],
     );
@@ -63,30 +64,28 @@ fn gated<P: Panel, X: Element, W: Element, I: Index>(
     x: &[P],
 ) -> Scratch<P> {
     let ExpertDims { hidden, inter, .. } = experts.dims;
-    let (x_steps, steps) = (hidden.div_ceil(P::STEP), inter.div_ceil(P::STEP));
+    let steps = inter.div_ceil(P::STEP);
     let mut inner = scratch::take::<P>(groups.rows() * steps);
     let shared = Shared::new(&mut inner);
     parallel::for_each_chunk(inter, HALF, |cols| {
-        let pack = |expert: usize, right: &mut [P]| {
+        let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             // Lanes past the last column repeat it; their sums are not used.
             let lane = |i: usize| {
                 let column = (cols.start + i % HALF).min(inter - 1);
-                experts.gate_up_row(expert, if i < HALF { column } else { inter + column })
+                let row = if i < HALF { column } else { inter + column };
+                &experts.gate_up_row(expert, row)[depth.start..]
             };
-            pack_lanes(hidden, NR, NR, lane, right);
+            pack_lanes(isa, depth.len(), [NR, NR], lane, right);
         };
-        groups.multiply(isa, x, x_steps, pack, |rows, tile| {
-            gate(isa, experts.activation, tile);
-            let height = rows.len();
-            let first = rows.start * steps + cols.start / P::STEP * height;
-            // SAFETY: each task owns its steps of every tile.
-            let out = unsafe { shared.slice(first..first + cols.len().div_ceil(P::STEP) * height) };
-            for (step, out) in out.chunks_exact_mut(height).enumerate() {
-                let column = step * P::STEP;
-                for (out, sums) in out.iter_mut().zip(tile.as_chunks::<NR>().0) {
-                    let second = (column + 1 < cols.len()).then(|| sums[(column + 1) % NR]);
-                    *out = P::pack(sums[column], second);
-                }
+        groups.multiply(isa, x, hidden, pack, |rows, sums| {
+            gate(isa, experts.activation, sums);
+            for tile in tiles(rows.clone()) {
+                let height = tile.len();
+                let first = tile.start * steps + cols.start / P::STEP * height;
+                // SAFETY: each task owns its steps of every tile.
+                let out = unsafe { shared.slice(first..first + cols.len().div_ceil(P::STEP) * height) };
+                let row = |i: usize| &sums[(tile.start - rows.start + i) * NR..];
+                pack_lanes(isa, cols.len(), [height, height], row, out);
             }
         });
     });
@@ -95,20 +94,21 @@ fn gated<P: Panel, X: Element, W: Element, I: Index>(
 
 /// Adds row blocks into `out` (`[T, columns]`), with a weight for each sorted row.
 ///
-/// `produce(cols, add)` calls `add(rows, tile)` in the order in which the rows are to be added.
+/// `produce(cols, add)` calls `add(rows, sums)` in the order in which the rows are to be added.
 pub(super) fn scatter<X: Element>(
+    isa: Isa,
     groups: &Groups,
     out: &mut [X],
     columns: usize,
-    produce: impl Fn(std::ops::Range<usize>, &mut dyn FnMut(std::ops::Range<usize>, &[f32])) + Sync + Send,
+    produce: impl Fn(Range<usize>, &mut dyn FnMut(Range<usize>, &[f32])) + Sync + Send,
     weight: impl Fn(usize) -> f32 + Sync + Send,
 ) {
     let tokens = out.len().checked_div(columns).unwrap_or(0);
     let out = Shared::new(out);
     parallel::for_each_chunk(columns, NR, |cols| {
         let mut block = scratch::zeros(tokens * NR);
-        produce(cols.clone(), &mut |rows, tile| {
-            for (row, sums) in rows.zip(tile.as_chunks::<NR>().0) {
+        produce(cols.clone(), &mut |rows, sums| {
+            for (row, sums) in rows.zip(sums.as_chunks::<NR>().0) {
                 let weight = weight(row);
                 let target = &mut block.as_chunks_mut::<NR>().0[groups.token(row)];
                 for (target, sum) in target.iter_mut().zip(sums) {
@@ -116,14 +116,9 @@ pub(super) fn scatter<X: Element>(
                 }
             }
         });
-        for (token, sums) in block.as_chunks::<NR>().0.iter().enumerate() {
-            let start = token * columns + cols.start;
-            // SAFETY: each task owns its columns.
-            let target = unsafe { out.slice(start..start + cols.len()) };
-            for (target, sum) in target.iter_mut().zip(sums) {
-                *target = X::from_f32(*sum);
-            }
-        }
+        let target = Target { first: cols.start, stride: columns, columns: cols.len() };
+        // SAFETY: each task owns its columns.
+        unsafe { write_rows(isa, &block, out, target, false) };
     });
 }
 

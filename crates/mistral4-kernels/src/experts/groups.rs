@@ -1,6 +1,6 @@
 //! Tokens sorted by expert, and products of the groups.
 use crate::element::{Element, Index};
-use crate::gemm::{MR, NR, Panel, multiply_tile, pack_lanes, tile_rows};
+use crate::gemm::{NR, Panel, multiply_rows, pack_lanes, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -15,8 +15,6 @@ pub(super) struct Groups {
     pub(super) used: Vec<(usize, Range<usize>)>,
     /// Rows of every left tile, expert after expert.
     tiles: Vec<Range<usize>>,
-    /// Tiles of each entry of `used`.
-    tiles_of: Vec<Range<usize>>,
 }
 
 impl Groups {
@@ -44,16 +42,8 @@ impl Groups {
             .map(|e| (e, offsets[e]..offsets[e + 1]))
             .filter(|(_, rows)| !rows.is_empty())
             .collect();
-        let (mut tiles, mut tiles_of) = (Vec::new(), Vec::new());
-        for (_, rows) in &used {
-            let first = tiles.len();
-            for i in 0..rows.len().div_ceil(MR) {
-                let tile = tile_rows(rows.len(), i);
-                tiles.push(rows.start + tile.start..rows.start + tile.end);
-            }
-            tiles_of.push(first..tiles.len());
-        }
-        Self { slots, top_k, used, tiles, tiles_of }
+        let tiles = used.iter().flat_map(|(_, rows)| tiles(rows.clone())).collect();
+        Self { slots, top_k, used, tiles }
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -71,6 +61,7 @@ impl Groups {
     /// Packs every sorted row (`depth` elements each) as left tiles.
     pub(super) fn pack_left<'a, P: Panel, T: Element>(
         &self,
+        isa: Isa,
         depth: usize,
         row: impl Fn(usize) -> &'a [T] + Sync + Send,
     ) -> Scratch<P> {
@@ -81,31 +72,30 @@ impl Groups {
             let tile = self.tiles[i].clone();
             // SAFETY: tiles are disjoint ranges of rows.
             let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
-            pack_lanes(depth, tile.len(), tile.len(), |lane| row(tile.start + lane), out);
+            pack_lanes(isa, depth, [tile.len(), tile.len()], |lane| row(tile.start + lane), out);
         });
         left
     }
 
     /// Multiplies the left tiles of every used expert with a right panel of that expert.
     ///
-    /// `finish(rows, tile)` receives sums in rows of [`NR`], in the order of experts and rows.
+    /// `pack_right(expert, depth, out)` packs part of the summed axis; `finish(rows, sums)` receives rows of
+    /// [`NR`] sums, in the order of experts and rows.
     pub(super) fn multiply<P: Panel>(
         &self,
         isa: Isa,
         left: &[P],
-        steps: usize,
-        pack_right: impl Fn(usize, &mut [P]),
+        depth: usize,
+        pack_right: impl Fn(usize, Range<usize>, &mut [P]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
-        let mut right = scratch::take::<P>(steps * NR);
-        let mut sums = [0.0f32; MR * NR];
-        for ((expert, _), tiles) in self.used.iter().zip(&self.tiles_of) {
-            pack_right(*expert, &mut right);
-            for tile in &self.tiles[tiles.clone()] {
-                let left = &left[tile.start * steps..tile.end * steps];
-                multiply_tile(isa, left, &right, tile.len(), &mut sums);
-                finish(tile.clone(), &mut sums[..tile.len() * NR]);
-            }
+        let most = self.used.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
+        let mut sums = scratch::take::<f32>(most * NR);
+        for (expert, rows) in &self.used {
+            let sums = &mut sums[..rows.len() * NR];
+            let pack = |depth: Range<usize>, out: &mut [P]| pack_right(*expert, depth, out);
+            multiply_rows(isa, left, rows.clone(), depth, pack, sums);
+            finish(rows.clone(), sums);
         }
     }
 }

@@ -9,6 +9,8 @@ mod avx2;
 mod avx512;
 mod linear;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_avx512;
 mod panel;
 mod portable;
 
@@ -20,6 +22,7 @@ use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch;
+use crate::vector::per_isa;
 use std::ops::Range;
 
 /// Sizes of `c[m, n] = a[m, k] b[k, n]`.
@@ -75,15 +78,24 @@ impl<'a, T> Matrix<'a, T> {
 }
 
 impl<T: Element> Matrix<'_, T> {
-    /// Packs a range of lanes, which lie `lane_stride` apart, along an axis of stride `depth_stride`.
-    fn pack<P: Panel>(&self, lanes: Range<usize>, depth: usize, width: usize, by_row: bool, out: &mut [P]) {
-        let (lane_stride, depth_stride) =
-            if by_row { (self.row_stride, self.col_stride) } else { (self.col_stride, self.row_stride) };
-        let base = &self.data[lanes.start * lane_stride..];
-        if depth_stride == 1 {
-            pack_lanes(depth, lanes.len(), width, |i| &base[i * lane_stride..], out);
+    /// Packs rows of a left operand as one tile.
+    fn pack_left<P: Panel>(&self, isa: Isa, rows: Range<usize>, depth: usize, out: &mut [P]) {
+        let height = rows.len();
+        let base = &self.data[rows.start * self.row_stride..];
+        if self.col_stride == 1 {
+            pack_lanes(isa, depth, [height, height], |i| &base[i * self.row_stride..], out);
         } else {
-            pack_rows(depth, lanes.len(), width, |k| &base[k * depth_stride..], out);
+            pack_rows(isa, depth, [height, height], |k| &base[k * self.col_stride..], out);
+        }
+    }
+
+    /// Packs columns of a right operand, over part of the summed axis, as one panel.
+    fn pack_right<P: Panel>(&self, isa: Isa, cols: Range<usize>, depth: Range<usize>, out: &mut [P]) {
+        let base = &self.data[cols.start * self.col_stride + depth.start * self.row_stride..];
+        if self.row_stride == 1 {
+            pack_lanes(isa, depth.len(), [cols.len(), NR], |i| &base[i * self.col_stride..], out);
+        } else {
+            pack_rows(isa, depth.len(), [cols.len(), NR], |k| &base[k * self.row_stride..], out);
         }
     }
 }
@@ -134,76 +146,123 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     c: MatrixMut<'_, C>,
     accumulate: bool,
 ) {
-    let k = dims.k;
-    let stride = c.row_stride;
-    let c = Shared::new(c.data);
-    product::<P>(
-        isa,
-        dims,
-        |rows, out| a.pack(rows.clone(), k, rows.len(), true, out),
-        |cols, out| b.pack(cols, k, NR, false, out),
-        |rows, cols, tile| {
-            for (row, sums) in rows.zip(tile.chunks_exact(NR)) {
-                let start = row * stride + cols.start;
-                // SAFETY: tasks own disjoint rectangles of `c`.
-                let target = unsafe { c.slice(start..start + cols.len()) };
-                for (c, sum) in target.iter_mut().zip(sums) {
-                    *c = C::from_f32(if accumulate { c.to_f32() + sum } else { *sum });
-                }
-            }
-        },
-    );
-}
-
-/// The rows of tile `i` when `rows` rows are cut into tiles of nearly equal height.
-pub(crate) fn tile_rows(rows: usize, i: usize) -> Range<usize> {
-    let count = rows.div_ceil(MR);
-    rows * i / count..rows * (i + 1) / count
-}
-
-/// Runs a packed product: `pack_left(rows)` and `pack_right(cols)` fill operands, `finish(rows, cols, tile)`
-/// receives sums in rows of [`NR`].
-fn product<P: Panel>(
-    isa: Isa,
-    dims: GemmDims,
-    pack_left: impl Fn(Range<usize>, &mut [P]) + Sync + Send,
-    pack_right: impl Fn(Range<usize>, &mut [P]) + Sync + Send,
-    finish: impl Fn(Range<usize>, Range<usize>, &[f32]) + Sync + Send,
-) {
+    /// With fewer panels than this, rows are cut into parts too, so that threads find work.
     const ENOUGH_TASKS: usize = 16;
+    /// Rows whose packed steps of one block fit the second-level cache.
+    const PART_ROWS: usize = 64 * MR;
     let GemmDims { m, n, k } = dims;
     let steps = k.div_ceil(P::STEP);
-    let tiles = m.div_ceil(MR);
+    let panels = n.div_ceil(NR);
+    let parts = ENOUGH_TASKS.div_ceil(panels.max(1)).min(m.div_ceil(MR)).max(m.div_ceil(PART_ROWS));
+    let part_rows = |part: usize| m * part / parts..m * (part + 1) / parts;
+
     let mut left = scratch::take::<P>(m * steps);
     let shared = Shared::new(&mut left);
-    parallel::for_each_chunk(tiles, 4, |chunk| {
-        for i in chunk {
-            let rows = tile_rows(m, i);
+    let tiles: Vec<Range<usize>> = (0..parts).flat_map(|part| tiles(part_rows(part))).collect();
+    parallel::for_each_chunk(tiles.len(), 8, |chunk| {
+        for rows in &tiles[chunk] {
             // SAFETY: tiles are disjoint ranges of rows.
-            pack_left(rows.clone(), unsafe { shared.slice(rows.start * steps..rows.end * steps) });
+            let out = unsafe { shared.slice(rows.start * steps..rows.end * steps) };
+            a.pack_left(isa, rows.clone(), k, out);
         }
     });
-    let left = &*left;
-    let panels = n.div_ceil(NR);
-    let row_parts = ENOUGH_TASKS.div_ceil(panels.max(1)).min(tiles);
-    parallel::for_each(panels * row_parts, |task| {
-        let (panel, part) = (task / row_parts, task % row_parts);
+    let (left, stride, c) = (&*left, c.row_stride, Shared::new(c.data));
+    parallel::for_each(panels * parts, |task| {
+        let (panel, rows) = (task / parts, part_rows(task % parts));
         let cols = panel * NR..((panel + 1) * NR).min(n);
-        let mut right = scratch::take::<P>(steps * NR);
-        pack_right(cols.clone(), &mut right);
-        let mut tile = [0.0f32; MR * NR];
-        for i in tiles * part / row_parts..tiles * (part + 1) / row_parts {
-            let rows = tile_rows(m, i);
-            multiply_tile(isa, &left[rows.start * steps..rows.end * steps], &right, rows.len(), &mut tile);
-            finish(rows.clone(), cols.clone(), &tile[..rows.len() * NR]);
-        }
+        let mut sums = scratch::take::<f32>(rows.len() * NR);
+        let pack = |depth: Range<usize>, out: &mut [P]| b.pack_right(isa, cols.clone(), depth, out);
+        multiply_rows(isa, left, rows.clone(), k, pack, &mut sums);
+        let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
+        // SAFETY: tasks own disjoint rectangles of `c`.
+        unsafe { write_rows(isa, &sums, c, target, accumulate) };
     });
 }
 
-/// `tile[rows, NR] = left^T right`.
-pub(crate) fn multiply_tile<P: Panel>(isa: Isa, left: &[P], right: &[P], rows: usize, tile: &mut [f32]) {
-    assert!(tile.len() >= rows * NR);
-    let out = TileOut { ptr: tile.as_mut_ptr(), stride: NR, accumulate: false };
-    // SAFETY: `tile` holds `rows` rows of `NR` floats.
-    unsafe { P::tile(isa, rows, left, right, out) }
+/// The tiles of a range of rows: nearly equal heights of at most [`MR`].
+pub(crate) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let count = rows.len().div_ceil(MR);
+    (0..count).map(move |i| rows.start + rows.len() * i / count..rows.start + rows.len() * (i + 1) / count)
+}
+
+/// `sums[rows, NR] = left[rows, depth] right[depth, NR]`.
+///
+/// `left` holds the packed tiles of all rows of the operand, each `[steps, height]`. `pack_right` packs a
+/// part of the summed axis; parts are short enough to stay in the first-level cache while the tiles pass by.
+pub(crate) fn multiply_rows<P: Panel>(
+    isa: Isa,
+    left: &[P],
+    rows: Range<usize>,
+    depth: usize,
+    pack_right: impl Fn(Range<usize>, &mut [P]),
+    sums: &mut [f32],
+) {
+    /// Steps of one part of the summed axis: 32 KiB of right operand.
+    const BLOCK: usize = 256;
+    assert_eq!(sums.len(), rows.len() * NR);
+    let steps = depth.div_ceil(P::STEP);
+    if steps == 0 {
+        sums.fill(0.0);
+    }
+    let mut right = scratch::take::<P>(BLOCK.min(steps) * NR);
+    for first in (0..steps).step_by(BLOCK) {
+        let count = BLOCK.min(steps - first);
+        let right = &mut right[..count * NR];
+        pack_right(first * P::STEP..((first + count) * P::STEP).min(depth), right);
+        for tile in tiles(rows.clone()) {
+            let start = tile.start * steps + first * tile.len();
+            let left = &left[start..start + count * tile.len()];
+            let ptr = sums[(tile.start - rows.start) * NR..].as_mut_ptr();
+            // SAFETY: `sums` holds `NR` floats for each row.
+            unsafe {
+                P::tile(isa, tile.len(), left, right, TileOut { ptr, stride: NR, accumulate: first > 0 })
+            };
+        }
+    }
+}
+
+/// A rectangle of a matrix: its first element, the distance between its rows, and its columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) first: usize,
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+}
+
+/// Writes rows of [`NR`] sums to a rectangle.
+///
+/// # Safety
+/// No other task borrows the rectangle.
+pub(crate) unsafe fn write_rows<C: Element>(
+    isa: Isa,
+    sums: &[f32],
+    c: Shared<'_, C>,
+    target: Target,
+    accumulate: bool,
+) {
+    write(isa, sums, c, target, accumulate);
+}
+
+per_isa! {
+    fn write<C: Element>(sums: &[f32], c: Shared<'_, C>, target: Target, accumulate: bool) = write_body;
+}
+
+#[inline(always)]
+fn write_body<C: Element, const FMA: bool>(sums: &[f32], c: Shared<'_, C>, target: Target, accumulate: bool) {
+    for (row, sums) in sums.as_chunks::<NR>().0.iter().enumerate() {
+        let start = target.first + row * target.stride;
+        // SAFETY: the caller of `write_rows` owns the rectangle.
+        let out = unsafe { c.slice(start..start + target.columns) };
+        if let Some(out) = out.as_mut_array::<NR>()
+            && !accumulate
+        {
+            for (c, sum) in out.iter_mut().zip(sums) {
+                *c = C::from_f32(*sum);
+            }
+        } else {
+            for (c, sum) in out.iter_mut().zip(sums) {
+                *c = C::from_f32(if accumulate { c.to_f32() + sum } else { *sum });
+            }
+        }
+    }
 }

@@ -1,19 +1,32 @@
 //! Packing of operands into tiles and panels.
+#[cfg(target_arch = "x86_64")]
+use super::pack_avx512;
 use super::panel::Panel;
 use crate::element::Element;
+use crate::isa::Isa;
 
 /// Packs lanes whose elements lie side by side along the summed axis: `lane(i)[..depth]`.
 ///
 /// `out` is `[steps, width]`; lanes past `lanes` become zero.
+#[inline]
 pub(crate) fn pack_lanes<'a, P: Panel, T: Element>(
+    isa: Isa,
     depth: usize,
-    lanes: usize,
-    width: usize,
+    [lanes, width]: [usize; 2],
     lane: impl Fn(usize) -> &'a [T],
     out: &mut [P],
 ) {
     let steps = depth.div_ceil(P::STEP);
     assert!(lanes <= width && out.len() == steps * width);
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: each lane is cut to `depth`, `out` has been measured, and the processor has AVX-512.
+        unsafe {
+            pack_avx512::pack_lanes(depth, lanes, width, |i| lane(i)[..depth].as_ptr(), out.as_mut_ptr());
+        }
+        return;
+    }
+    let _ = isa;
     for i in 0..lanes {
         let source = &lane(i)[..depth];
         for (chunk, out) in source.chunks(P::STEP).zip(out.iter_mut().skip(i).step_by(width)) {
@@ -30,15 +43,25 @@ pub(crate) fn pack_lanes<'a, P: Panel, T: Element>(
 /// Packs lanes that lie side by side at each position of the summed axis: `row(k)[..lanes]`.
 ///
 /// `out` is `[steps, width]`; lanes past `lanes` become zero.
+#[inline]
 pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
+    isa: Isa,
     depth: usize,
-    lanes: usize,
-    width: usize,
+    [lanes, width]: [usize; 2],
     row: impl Fn(usize) -> &'a [T],
     out: &mut [P],
 ) {
     let steps = depth.div_ceil(P::STEP);
     assert!(lanes <= width && out.len() == steps * width);
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: each row is cut to `lanes`, `out` has been measured, and the processor has AVX-512.
+        unsafe {
+            pack_avx512::pack_rows(depth, lanes, width, |k| row(k)[..lanes].as_ptr(), out.as_mut_ptr());
+        }
+        return;
+    }
+    let _ = isa;
     for (step, out) in out.chunks_exact_mut(width).enumerate() {
         let k = step * P::STEP;
         let first = &row(k)[..lanes];

@@ -1,0 +1,189 @@
+//! Packing with AVX-512: 16 x 16 transposes of 32-bit steps, and interleaving of rows.
+use super::panel::Panel;
+use crate::element::Element;
+use std::arch::x86_64::*;
+
+/// Steps, and lanes, handled at once.
+const N: usize = 16;
+
+/// The lowest `count` bits, at most 16.
+#[inline(always)]
+fn mask16(count: usize) -> u16 {
+    if count >= 16 { u16::MAX } else { (1 << count) - 1 }
+}
+
+/// The lowest `count` bits, at most 32.
+#[inline(always)]
+fn mask32(count: usize) -> u32 {
+    if count >= 32 { u32::MAX } else { (1 << count) - 1 }
+}
+
+/// Rounds to bf16, in the low half of each 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn round(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, rounded, quiet))
+}
+
+/// Up to 16 elements as `f32`, zero past `count`.
+///
+/// # Safety
+/// `count.min(16)` elements are readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn load_f32<T: Element>(from: *const T, count: usize) -> __m512 {
+    let mask = mask16(count);
+    // SAFETY: the mask covers readable elements only.
+    unsafe {
+        if T::IS_BF16 {
+            let bits = _mm256_maskz_loadu_epi16(mask, from.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        } else {
+            _mm512_maskz_loadu_ps(mask, from.cast())
+        }
+    }
+}
+
+/// 16 steps of one lane whose elements are neighbours, zero past `count` elements.
+///
+/// # Safety
+/// `count.min(16 * STEP)` elements are readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn load_steps<P: Panel, T: Element>(from: *const T, count: usize) -> __m512i {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if P::STEP == 1 {
+            _mm512_castps_si512(load_f32(from, count))
+        } else if T::IS_BF16 {
+            _mm512_maskz_loadu_epi16(mask32(count), from.cast())
+        } else {
+            let low = round(load_f32(from, count));
+            let rest = count.saturating_sub(N);
+            let high = round(load_f32(if rest > 0 { from.add(N) } else { from }, rest));
+            let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
+            _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn transpose(r: [__m512i; N]) -> [__m512i; N] {
+    let mut a = r;
+    for i in 0..8 {
+        a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    // Columns 4q + j of four rows each, in the 128-bit parts q.
+    let mut b = a;
+    for i in 0..4 {
+        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    let mut out = r;
+    for j in 0..4 {
+        let low_even = _mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]);
+        let low_odd = _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j]);
+        let high_even = _mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]);
+        let high_odd = _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j]);
+        out[j] = _mm512_shuffle_i32x4::<0x88>(low_even, high_even);
+        out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low_even, high_even);
+        out[4 + j] = _mm512_shuffle_i32x4::<0x88>(low_odd, high_odd);
+        out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(low_odd, high_odd);
+    }
+    out
+}
+
+/// See [`super::pack::pack_lanes`].
+///
+/// # Safety
+/// Each of `lanes <= width` lanes has `depth` readable elements, `out` holds `steps * width` elements.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn pack_lanes<P: Panel, T: Element>(
+    depth: usize,
+    lanes: usize,
+    width: usize,
+    lane: impl Fn(usize) -> *const T,
+    out: *mut P,
+) {
+    let steps = depth.div_ceil(P::STEP);
+    for group in (0..width).step_by(N) {
+        let used = lanes.saturating_sub(group).min(N);
+        let store = mask16(width - group);
+        let mut sources = [std::ptr::null::<T>(); N];
+        for (i, source) in sources.iter_mut().enumerate().take(used) {
+            *source = lane(group + i);
+        }
+        for first in (0..steps).step_by(N) {
+            let element = first * P::STEP;
+            let mut rows = [_mm512_setzero_si512(); N];
+            for (i, row) in rows.iter_mut().enumerate() {
+                if i < used {
+                    // SAFETY: `depth - element` elements remain in the lane.
+                    *row = unsafe { load_steps::<P, T>(sources[i].add(element), depth - element) };
+                }
+            }
+            let columns = transpose(rows);
+            let count = steps - first;
+            // SAFETY: the step is below `steps`, and the mask ends at `width`.
+            let write = |step: usize, column: __m512i| unsafe {
+                let target = out.add((first + step) * width + group);
+                _mm512_mask_storeu_epi32(target.cast(), store, column);
+            };
+            for (step, column) in columns.into_iter().enumerate() {
+                if step < count {
+                    write(step, column);
+                }
+            }
+        }
+    }
+}
+
+/// See [`super::pack::pack_rows`].
+///
+/// # Safety
+/// Each of `depth` rows has `lanes <= width` readable elements, `out` holds `steps * width` elements.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
+    depth: usize,
+    lanes: usize,
+    width: usize,
+    row: impl Fn(usize) -> *const T,
+    out: *mut P,
+) {
+    for step in 0..depth.div_ceil(P::STEP) {
+        let k = step * P::STEP;
+        let first = row(k);
+        let second = if k + 1 < depth { row(k + 1) } else { first };
+        for group in (0..width).step_by(N) {
+            let count = lanes.saturating_sub(group);
+            // SAFETY: masks cover readable and writable elements only.
+            unsafe {
+                let skip = group.min(lanes);
+                let a = load_f32(first.add(skip), count);
+                let words = if P::STEP == 1 {
+                    _mm512_castps_si512(a)
+                } else {
+                    let b = load_f32(second.add(skip), if k + 1 < depth { count } else { 0 });
+                    if T::IS_BF16 {
+                        // Already rounded: the high halves are the values.
+                        let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(a));
+                        _mm512_or_si512(low, _mm512_castps_si512(b))
+                    } else {
+                        _mm512_or_si512(round(a), _mm512_slli_epi32::<16>(round(b)))
+                    }
+                };
+                let target = out.add(step * width + group);
+                _mm512_mask_storeu_epi32(target.cast(), mask16(width - group), words);
+            }
+        }
+    }
+}
