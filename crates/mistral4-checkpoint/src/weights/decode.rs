@@ -190,3 +190,70 @@ pub(crate) fn scale_values(dtype: StoredDType, shape: &[usize], bytes: &[u8]) ->
     decode(&RawTensor { dtype, shape: shape.to_vec(), bytes, scale: None }, &mut values);
     Some(values)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    fn numbers<T: Element>(tensors: &SafeTensors<'_>, key: &str) -> Vec<T> {
+        tensors.tensor(key).unwrap().data().chunks(size_of::<T>()).map(T::from_stored).collect()
+    }
+
+    fn dequantised<T: Element>(raw: &RawTensor<'_>) -> Vec<T> {
+        let mut values = vec![T::default(); raw.bytes.len()];
+        decode(raw, &mut values);
+        values
+    }
+
+    #[test]
+    fn fp8_is_that_of_pytorch() {
+        let file =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/checkpoint/fp8.safetensors");
+        let bytes = std::fs::read(file).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        for (code, &value) in numbers::<f32>(&tensors, "codes.decoded").iter().enumerate() {
+            assert!(
+                fp8::DECODE[code] == value || value.is_nan() && fp8::DECODE[code].is_nan(),
+                "code {code}"
+            );
+        }
+        let codes = tensors.tensor("values.encoded").unwrap().data();
+        for (&value, &code) in numbers::<f32>(&tensors, "values").iter().zip(codes) {
+            assert_eq!(fp8::encode(value), code, "{value}");
+        }
+        let weight = tensors.tensor("weight").unwrap();
+        let scale = tensors.tensor("weight_scale_inv").unwrap();
+        let values = scale_values(StoredDType::F32, scale.shape(), scale.data()).unwrap();
+        let scale = Scale::arrange(values, scale.shape(), weight.shape(), (128, 128)).unwrap();
+        let raw = RawTensor {
+            dtype: StoredDType::F8E4M3,
+            shape: weight.shape().to_vec(),
+            bytes: weight.data(),
+            scale: Some(scale),
+        };
+        assert_eq!(dequantised::<f32>(&raw), numbers::<f32>(&tensors, "weight.f32"));
+        assert_eq!(dequantised::<bf16>(&raw), numbers::<bf16>(&tensors, "weight.bf16"));
+        assert_eq!(dequantised::<f16>(&raw), numbers::<f16>(&tensors, "weight.f16"));
+    }
+
+    #[test]
+    fn scales_of_every_shape_are_arranged() {
+        let arrange = |count: usize, shape: &[usize], weight: &[usize]| {
+            Scale::arrange(vec![1.0; count], shape, weight, (128, 128)).map(|scale| scale.shape)
+        };
+        assert_eq!(arrange(1, &[], &[300, 200]), Ok([1, 1, 1]));
+        assert_eq!(arrange(1, &[1], &[4, 300, 200]), Ok([1, 1, 1]));
+        assert_eq!(arrange(4, &[4], &[4, 300, 200]), Ok([4, 1, 1]));
+        assert_eq!(arrange(4, &[4, 1, 1], &[4, 300, 200]), Ok([4, 1, 1]));
+        assert_eq!(arrange(6, &[3, 2], &[300, 200]), Ok([1, 3, 2]));
+        assert_eq!(arrange(24, &[4, 3, 2], &[4, 300, 200]), Ok([4, 3, 2]));
+        assert!(arrange(6, &[2, 3], &[300, 200]).is_err());
+        assert!(arrange(300, &[300], &[300, 200]).is_err());
+        assert!(arrange(2, &[2], &[300]).is_err());
+        assert!(Scale::arrange(vec![f32::NAN], &[], &[2, 2], (1, 1)).is_err());
+    }
+}
