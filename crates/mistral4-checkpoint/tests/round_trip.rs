@@ -268,3 +268,95 @@ fn side_files_and_unknown_keys_are_carried_along() {
     assert_eq!(written.config_file().raw["dtype"], "float32");
     assert!(written.config_file().warnings.iter().any(|warning| warning.contains("house_key")));
 }
+
+/// Set in the process that is to be killed: the folder it saves into.
+const VICTIM: &str = "MISTRAL4_TEST_SAVE_INTO";
+
+#[test]
+fn a_save_that_is_killed_leaves_the_old_checkpoint() {
+    let config = tiny();
+    if let Ok(folder) = std::env::var(VICTIM) {
+        let mut left = 40;
+        let _ = save(Path::new(&folder), &config, &SaveOptions::default(), |spec| -> Result<_, Error> {
+            left -= 1;
+            if left == 0 {
+                std::process::abort();
+            }
+            Ok(HostTensor::f32(spec.shape.clone(), vec![0.0; spec.elements()]))
+        });
+        unreachable!("the process has been aborted");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_save_that_is_killed_leaves_the_old_checkpoint"])
+        .env(VICTIM, folder.path())
+        .output()
+        .unwrap()
+        .status;
+    assert!(!status.success());
+    let partial = || {
+        let items = std::fs::read_dir(folder.path()).unwrap().flatten();
+        items.filter(|item| item.file_name().to_string_lossy().ends_with(".partial")).count()
+    };
+    assert_eq!(partial(), 1, "the process was killed while it wrote");
+    let checkpoint = open(folder.path());
+    for spec in checkpoint.tensors() {
+        assert_eq!(values(&checkpoint, &spec), initial_tensor(&spec, &config.config, 5), "{}", spec.key);
+    }
+    write(folder.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    assert_eq!(partial(), 0, "the next save cleans up");
+}
+
+#[test]
+fn experts_that_are_stored_one_by_one_are_stacked() {
+    let [whole, single] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let config = tiny();
+    write(whole.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+    let source = open(whole.path());
+    let mut stored = Vec::new();
+    for spec in source.tensors().iter().filter(|spec| !spec.is_optional()) {
+        let parts: &[&str] = match spec.kind {
+            TensorKind::ExpertsGateUp => &["gate_proj", "up_proj"],
+            TensorKind::ExpertsDown => &["down_proj"],
+            _ => &[],
+        };
+        let values = values(&source, spec);
+        if parts.is_empty() {
+            stored.push((spec.key.clone(), spec.shape.clone(), values));
+            continue;
+        }
+        let (stack, _) = spec.key.rsplit_once('.').unwrap();
+        let shape = vec![spec.shape[1] / parts.len(), spec.shape[2]];
+        for (index, values) in values.chunks(shape.iter().product()).enumerate() {
+            let (expert, part) = (index / parts.len(), parts[index % parts.len()]);
+            stored.push((format!("{stack}.{expert}.{part}.weight"), shape.clone(), values.to_vec()));
+        }
+    }
+    std::fs::copy(whole.path().join("config.json"), single.path().join("config.json")).unwrap();
+    let store = |stored: &[(String, Vec<usize>, Vec<f32>)]| {
+        let bytes: Vec<Vec<u8>> = stored
+            .iter()
+            .map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            .collect();
+        let views = stored.iter().zip(&bytes).map(|((key, shape, _), bytes)| {
+            let view =
+                safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap();
+            (key.as_str(), view)
+        });
+        safetensors::serialize_to_file(views, None, &single.path().join("model.safetensors")).unwrap();
+    };
+    store(&stored);
+    let checkpoint = open(single.path());
+    for spec in source.tensors() {
+        assert_eq!(values(&checkpoint, &spec), values(&source, &spec), "{}", spec.key);
+        assert_eq!(checkpoint.stored_shape(&spec.key), source.stored_shape(&spec.key));
+    }
+    stored.retain(|(key, ..)| !key.ends_with("layers.1.mlp.experts.3.up_proj.weight"));
+    store(&stored);
+    let checkpoint = Checkpoint::open(single.path(), &ConfigOptions::default()).unwrap();
+    let error = checkpoint.check(&checkpoint.tensors()).unwrap_err().to_string();
+    assert!(error.contains("1 unusable") && error.contains("some of which are missing"), "{error}");
+    let key = "language_model.model.layers.1.mlp.experts.gate_up_proj";
+    assert!(checkpoint.read(key, DType::F32).is_err());
+}

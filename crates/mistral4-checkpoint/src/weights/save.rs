@@ -13,7 +13,7 @@ use super::host::{HostData, HostTensor};
 use super::layout::{self, Item, Part, Planned, SaveDType};
 use super::names::{TensorKind, TensorSpec};
 use super::native_names;
-use super::writer::{PendingFile, ShardWriter, sync_folder};
+use super::writer::{PARTIAL, PendingFile, ShardWriter, sync_folder};
 use crate::config::{Config, ConfigFile, ConfigForm, Quantization, SoftmaxScale, SoftmaxScalePolicy};
 use crate::error::{Error, Result};
 
@@ -133,6 +133,7 @@ fn write<'a, E: From<Error>>(
 ) -> Result<SaveReport, E> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
     refuse_other_form(folder, options.form)?;
+    remove_partial(folder)?;
     let config_json = config_json(config, options)?;
     let mut warnings = softmax_warning(&config.config, options.form, &config_json);
     // Whether a bias is written depends on its values, and the layout on whether it is written.
@@ -232,22 +233,38 @@ fn refuse_other_form(folder: &Path, form: ConfigForm) -> Result<()> {
     Ok(())
 }
 
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "remove")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes what a killed save left behind.
+fn remove_partial(folder: &Path) -> Result<()> {
+    for name in file_names_of(folder)?.iter().filter(|name| name.starts_with('.') && name.ends_with(PARTIAL))
+    {
+        remove(&folder.join(name))?;
+    }
+    Ok(())
+}
+
+fn file_names_of(folder: &Path) -> Result<Vec<String>> {
+    let items = std::fs::read_dir(folder).map_err(Error::io(folder, "list"))?;
+    let names = items.map(|item| Ok(item.map_err(Error::io(folder, "list"))?.file_name().into_string().ok()));
+    names.filter_map(Result::transpose).collect()
+}
+
 /// Removes the old configuration first, then the old weights.
 fn remove_old(folder: &Path, config_name: &str, stem: &str) -> Result<()> {
-    let remove = |path: &Path| match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "replace")(error)),
-        _ => Ok(()),
-    };
     remove(&folder.join(config_name))?;
     sync_folder(folder)?;
-    for item in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
-        let name = item.map_err(Error::io(folder, "list"))?.file_name();
-        let Some(name) = name.to_str() else { continue };
+    for name in file_names_of(folder)? {
         let is_shard = name.strip_prefix(stem).is_some_and(|rest| {
             rest == ".safetensors" || rest == ".safetensors.index.json" || is_numbered(rest)
         });
         if is_shard {
-            remove(&folder.join(name))?;
+            remove(&folder.join(&name))?;
         }
     }
     Ok(())

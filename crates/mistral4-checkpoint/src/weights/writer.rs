@@ -10,6 +10,9 @@ use serde_json::{Map, Value, json};
 use super::layout::Item;
 use crate::error::{Error, Result};
 
+/// End of temporary names, which also start with a dot.
+pub(crate) const PARTIAL: &str = ".partial";
+
 /// A file under a temporary name in its own folder; dropped before [`PendingFile::publish`], it is removed.
 #[derive(Debug)]
 pub(crate) struct PendingFile {
@@ -22,7 +25,7 @@ impl PendingFile {
     /// Creates the temporary file; one that a killed save left behind is overwritten.
     pub(crate) fn create(target: &Path) -> Result<(PendingFile, File)> {
         let name = target.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let temporary = target.with_file_name(format!(".{name}.partial"));
+        let temporary = target.with_file_name(format!(".{name}{PARTIAL}"));
         let file = File::create(&temporary).map_err(Error::io(&temporary, "create"))?;
         Ok((PendingFile { temporary, target: target.to_path_buf(), published: false }, file))
     }
