@@ -56,7 +56,7 @@ impl fmt::Display for Blocker {
 /// A closed list of names, and the one that was probably meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcceptedNames {
-    /// Every name on the list.
+    /// Every name on the list, the longer forms with module paths left out.
     pub names: Vec<String>,
     /// The name that is spelt most like the one that was written.
     pub nearest: Option<String>,

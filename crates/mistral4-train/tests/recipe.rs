@@ -184,7 +184,7 @@ fn mistakes_are_named_with_line_and_nearest_key() {
         "a: &x [*x]",
         "- 1",
         "---\nrecipe: x",
-        "\t",
+        "a:\n\tb: 1",
     ] {
         let error = parse(&format!("{BASE}{more}\n")).err().unwrap_or_else(|| panic!("{more} was accepted"));
         messages.push_str(&format!("{more}\n    {error}\n"));

@@ -126,7 +126,7 @@ enum Target {
     Hub(&'static str),
 }
 
-const TARGETS: [(&str, Target); 26] = [
+const TARGETS: [(&str, Target); 27] = [
     ("pretokenized_jsonl", Target::Pretokenized),
     ("nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset", Target::Chat),
     ("ChatDataset", Target::Chat),
@@ -151,6 +151,7 @@ const TARGETS: [(&str, Target); 26] = [
     ("nemo_automodel.components.datasets.llm.squad.make_squad_dataset", Target::Hub("squad")),
     ("make_squad_dataset", Target::Hub("squad")),
     ("nemo_automodel.components.datasets.llm.hellaswag.HellaSwag", Target::Hub("hellaswag")),
+    ("HellaSwag", Target::Hub("hellaswag")),
     (
         "nemo_automodel.components.datasets.llm.column_mapped_text_instruction_dataset.ColumnMappedTextInstructionDataset",
         Target::Hub("column-mapped instructions"),

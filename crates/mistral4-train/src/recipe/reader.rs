@@ -170,12 +170,16 @@ impl<'a> Section<'a> {
                 Ok(Some(*found))
             }
             None => {
-                let short = value.rsplit('.').next().unwrap_or(&value);
-                let names: Vec<String> = names.iter().map(|(name, _)| (*name).to_owned()).collect();
-                let candidates = || names.iter().map(String::as_str);
-                let nearest = nearest(short, candidates()).or_else(|| nearest(&value, candidates()));
+                // A long list is easier to read without the module paths.
+                let dots = |name: &str| name.matches('.').count();
+                let fewest = names.iter().map(|(name, _)| dots(name)).min().unwrap_or(0);
+                let short = names.iter().filter(|(name, _)| dots(name) == fewest);
+                let accepted: Vec<String> = short.map(|(name, _)| (*name).to_owned()).collect();
+                let candidates = || accepted.iter().map(String::as_str);
+                let last = value.rsplit('.').next().unwrap_or(&value);
+                let nearest = nearest(last, candidates()).or_else(|| nearest(&value, candidates()));
                 let location = self.location(node);
-                let accepted = Box::new(AcceptedNames { names, nearest });
+                let accepted = Box::new(AcceptedNames { names: accepted, nearest });
                 Err(Error::UnknownName { location, key: self.key(key), value, accepted })
             }
         }
