@@ -173,6 +173,7 @@ fn mistakes_are_named_with_line_and_nearest_key() {
         "validation_dataset: {_target_: optdigits, image_size: 4}",
         "validation_dataset: {_target_: ChatDataset, path_or_dataset_id: f, split: 'train[a:b]'}",
         "validation_dataset: {_target_: text, path_or_dataset: f, seq_length: 8, tokenizer: {_target_: learned}}",
+        "validation_dataset: {_target_: text, path_or_dataset: f, seq_length: 8, tokenizer: other}",
         "dataloader: {collate_fn: my.collate}",
         "freeze_config: {freeze_embeddings: maybe}",
         "rng: {_target_: numpy.random.seed}",
@@ -218,6 +219,8 @@ fn models_need_one_source() {
     assert_eq!(with("config: tiny").unwrap().model.source, ModelSource::FromConfig("tiny".to_owned()));
     assert_eq!(with("config: tiny").unwrap().model.gate_bias_update_factor, 1e-3);
     assert!(with(&format!("{from}_config, config: tiny")).unwrap().model.multimodal);
+    assert!(with("config: tiny").unwrap().model.multimodal, "the kind of recipe says which model is meant");
+    assert!(!with("_target_: NeMoAutoModelForCausalLM.from_config, config: tiny").unwrap().model.multimodal);
     for (model, want) in [
         ("", "the recipe needs `model.config`"),
         ("pretrained_model_name_or_path: a, config: b", "no `config` beside a checkpoint"),

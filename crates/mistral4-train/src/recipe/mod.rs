@@ -130,7 +130,7 @@ impl Recipe {
         let mut recipe = read(Section::root(&reading, &root))?;
         recipe.report = reading.report.into_inner();
         recipe.text = text;
-        recipe.check_numbers()?;
+        recipe.check_consistency()?;
         Ok(recipe)
     }
 
@@ -152,7 +152,8 @@ impl Recipe {
         self.step_scheduler.global_batch_size / self.step_scheduler.local_batch_size
     }
 
-    fn check_numbers(&self) -> Result<()> {
+    /// Refuses settings that contradict each other.
+    fn check_consistency(&self) -> Result<()> {
         let StepSchedulerConfig { global_batch_size: global, local_batch_size: local, .. } =
             self.step_scheduler;
         if !global.is_multiple_of(local) {
@@ -166,6 +167,23 @@ impl Recipe {
                 ),
             });
         }
+        for set in &self.validation {
+            if ![&TokenizerSource::Model, &self.dataset.tokenizer].contains(&&set.dataset.tokenizer) {
+                return Err(Error::Inconsistent {
+                    key: match set.name.as_str() {
+                        "default" => "validation_dataset.tokenizer".to_owned(),
+                        name => format!("validation_dataset_{name}.tokenizer"),
+                    },
+                    value: match &set.dataset.tokenizer {
+                        TokenizerSource::Path(path) => path.clone(),
+                        TokenizerSource::Model | TokenizerSource::Learned { .. } => "learned".to_owned(),
+                    },
+                    message:
+                        "held-out data is read with the tokenizer of the training data; leave this one out"
+                            .to_owned(),
+                });
+            }
+        }
         Ok(())
     }
 }
@@ -174,7 +192,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let kind = read_kind(&mut root)?;
     let step_scheduler = StepSchedulerConfig::read(&mut root)?;
     let rng = RngConfig::read(&mut root)?;
-    let model = ModelConfig::read(&mut root)?;
+    let model = ModelConfig::read(&mut root, kind == RecipeKind::Vlm)?;
     let freeze_config = FreezeConfig::read(&mut root)?;
     let peft = PeftConfig::read(&mut root)?;
     training::read_loss(&mut root)?;

@@ -53,7 +53,8 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+    /// Reads the section; without a `_target_`, `multimodal` says which model is meant.
+    pub(crate) fn read(root: &mut Section<'_>, multimodal: bool) -> Result<Self> {
         // (from a configuration, multimodal)
         const NAMES: [(&str, (bool, bool)); 8] = [
             ("nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", (false, false)),
@@ -88,7 +89,7 @@ impl ModelConfig {
         let pretrained =
             s.text("pretrained_model_name_or_path", "the checkpoint to start from: a folder or a hub id")?;
         let config = read_config(&mut s)?;
-        let (from_config, multimodal) = target.unwrap_or((pretrained.is_none(), false));
+        let (from_config, multimodal) = target.unwrap_or((pretrained.is_none(), multimodal));
         let source = match (from_config, pretrained, config) {
             (false, Some(path), None) => ModelSource::Pretrained(path),
             (true, None, Some(config)) => ModelSource::FromConfig(config),
