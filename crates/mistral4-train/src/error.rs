@@ -67,7 +67,9 @@ pub struct AcceptedNames {
 #[non_exhaustive]
 pub enum Error {
     /// A step gave no number, so that going on would destroy the weights.
-    #[error("step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate, clip, or look at the data of this step")]
+    #[error(
+        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate, clip, or look at the data of this step"
+    )]
     NotFinite {
         /// The step.
         step: usize,
