@@ -3,10 +3,10 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use fancy_regex::{Regex, RegexBuilder};
 use rustc_hash::FxHashMap;
 
-use crate::{Error, Result};
+use super::pattern::Pattern;
+use crate::Result;
 
 /// Which adjacent tokens join, and in which order.
 #[derive(Debug)]
@@ -25,47 +25,16 @@ pub(crate) enum Merges {
 /// A byte-level BPE model.
 #[derive(Debug)]
 pub(crate) struct Bpe {
-    pattern: Option<Regex>,
+    pattern: Option<Pattern>,
     ids: FxHashMap<Box<[u8]>, u32>,
     byte_ids: [u32; 256],
     merges: Merges,
 }
 
-/// Compiles a pre-tokenizer pattern without a backtracking limit that a long text could hit.
-pub(crate) fn compile_pattern(pattern: &str) -> std::result::Result<Regex, String> {
-    RegexBuilder::new(pattern).backtrack_limit(usize::MAX).build().map_err(|error| error.to_string())
-}
-
-/// Calls `visit` with every piece of the text: the pattern's matches and whatever lies between them.
-pub(crate) fn for_each_piece<'t>(
-    pattern: Option<&Regex>,
-    text: &'t str,
-    keep_gaps: bool,
-    mut visit: impl FnMut(&'t str),
-) -> Result<()> {
-    let Some(pattern) = pattern else {
-        visit(text);
-        return Ok(());
-    };
-    let mut end = 0;
-    for found in pattern.find_iter(text) {
-        let found = found.map_err(|error| Error::Pattern { reason: error.to_string() })?;
-        if keep_gaps && found.start() > end {
-            visit(&text[end..found.start()]);
-        }
-        visit(found.as_str());
-        end = found.end();
-    }
-    if keep_gaps && end < text.len() {
-        visit(&text[end..]);
-    }
-    Ok(())
-}
-
 impl Bpe {
     /// Builds the model; `Err` holds a byte that is no token.
     pub(crate) fn new(
-        pattern: Option<Regex>,
+        pattern: Option<Pattern>,
         ids: FxHashMap<Box<[u8]>, u32>,
         merges: Merges,
     ) -> std::result::Result<Self, u8> {
@@ -81,14 +50,21 @@ impl Bpe {
         let mut merger = Merger::default();
         // Text that no alternative of a tekken pattern matches is dropped, as tiktoken drops it.
         let keep_gaps = matches!(self.merges, Merges::Listed { .. });
-        for_each_piece(self.pattern.as_ref(), text, keep_gaps, |piece| {
-            self.encode_piece(piece.as_bytes(), &mut merger, out)
-        })
+        let mut encode = |piece: &str| self.encode_piece(piece.as_bytes(), &mut merger, out);
+        match &self.pattern {
+            Some(pattern) => pattern.for_each_piece(text, keep_gaps, encode),
+            None => {
+                encode(text);
+                Ok(())
+            }
+        }
     }
 
     fn encode_piece(&self, piece: &[u8], merger: &mut Merger, out: &mut Vec<u32>) {
-        if let [byte] = piece {
-            return out.push(self.byte_ids[usize::from(*byte)]);
+        match piece {
+            [] => return,
+            [byte] => return out.push(self.byte_ids[usize::from(*byte)]),
+            _ => {}
         }
         let whole = !matches!(self.merges, Merges::Listed { ignore_merges: false, .. });
         match self.ids.get(piece) {

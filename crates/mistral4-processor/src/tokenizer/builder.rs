@@ -7,17 +7,10 @@ use base64::engine::general_purpose::STANDARD;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
 
-use super::bpe::{compile_pattern, for_each_piece};
+use super::pattern::{Pattern, TEKKEN_PATTERN};
 use super::tekken::FIXED_SPECIAL_TOKENS;
 use super::{ImageConfig, Tokenizer};
 use crate::{Error, Result};
-
-/// The pattern of Mistral's tekken files: words with their case, single digits, punctuation, line ends, spaces.
-const PATTERN: &str = concat!(
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
 
 /// The control tokens above the fixed ones that a v15 chat form uses, from id 32 on.
 const NAMED_SPECIAL_TOKENS: [&str; 6] =
@@ -107,10 +100,10 @@ impl Word {
 }
 
 fn count_words<'t>(texts: impl IntoIterator<Item = &'t str>) -> Result<Vec<Word>> {
-    let pattern = compile_pattern(PATTERN).map_err(|reason| Error::Pattern { reason })?;
+    let pattern = Pattern::new(TEKKEN_PATTERN).map_err(|reason| Error::Pattern { reason })?;
     let mut counts: FxHashMap<&str, u64> = FxHashMap::default();
     for text in texts {
-        for_each_piece(Some(&pattern), text, false, |piece| *counts.entry(piece).or_default() += 1)?;
+        pattern.for_each_piece(text, false, |piece| *counts.entry(piece).or_default() += 1)?;
     }
     let words = counts
         .into_iter()
@@ -175,7 +168,7 @@ impl TekkenFile {
             .collect();
         let mut file = serde_json::json!({
             "config": {
-                "pattern": PATTERN,
+                "pattern": TEKKEN_PATTERN,
                 "num_vocab_tokens": self.pieces.len(),
                 "default_vocab_size": self.vocab_size(),
                 "default_num_special_tokens": SPECIAL_TOKENS,

@@ -8,7 +8,8 @@ use rustc_hash::FxHashMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::bpe::{Bpe, Merges, compile_pattern};
+use super::bpe::{Bpe, Merges};
+use super::pattern::Pattern;
 use super::{ModelSettingsBuilder, Pieces, Tokenizer, TokenizerVersion};
 use crate::{Error, Result};
 
@@ -213,7 +214,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let pattern = reader.pattern(&file.pre_tokenizer)?;
     let pattern = pattern
         .map(|pattern| {
-            compile_pattern(&pattern).map_err(|reason| reader.malformed("pre_tokenizer.pattern", reason))
+            Pattern::new(&pattern).map_err(|reason| reader.malformed("pre_tokenizer.pattern", reason))
         })
         .transpose()?;
 

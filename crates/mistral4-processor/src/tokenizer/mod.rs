@@ -3,6 +3,7 @@
 mod bpe;
 mod builder;
 mod hugging_face;
+mod pattern;
 mod settings;
 mod stream;
 mod tekken;

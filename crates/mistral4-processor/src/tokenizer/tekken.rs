@@ -9,7 +9,8 @@ use base64::engine::general_purpose::STANDARD;
 use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
-use super::bpe::{Bpe, Merges, compile_pattern};
+use super::bpe::{Bpe, Merges};
+use super::pattern::Pattern;
 use super::{ImageConfig, ModelSettingsBuilder, Pieces, Tokenizer, TokenizerVersion};
 use crate::{Error, Result};
 
@@ -217,7 +218,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     }
     let ids = reader.add_pieces(&file, vocab_size - specials, specials as u32, &mut pieces)?;
     let pattern =
-        compile_pattern(&file.config.pattern).map_err(|reason| reader.malformed("config.pattern", reason))?;
+        Pattern::new(&file.config.pattern).map_err(|reason| reader.malformed("config.pattern", reason))?;
     let bpe = Bpe::new(Some(pattern), ids, Merges::ByRank)
         .expect("the first 256 ranks were checked to be the bytes");
     let settings = file.model_settings_builder.clone();
