@@ -2,7 +2,8 @@
 
 Pinned: transformers 5.24.0, mistral_common 1.13.1, pillow 13.0.0, opencv-python-headless 5.0.0. Deterministic.
 
-    python tools/golden/processor_images.py
+    python tools/golden/processor_images.py                       # the committed fixtures
+    python tools/golden/processor_images.py --out DIR --seed N    # 150 pictures of random sizes, not committed
 
 Files in tests/golden/processor: `images/*` the pictures, `images.json` the cases, `images.safetensors` the pixel values
 (`<case>`, f32 [3, H, W]).
@@ -12,6 +13,7 @@ tensors instead, which differs by one step in single pixels. The Pillow processo
 expected values are then Pillow's own for the size that keeps one image token.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -105,8 +107,23 @@ def hugging_face(image, longest, token, resample=3, **options):
     return batch["pixel_values"][0].astype(np.float32), False
 
 
+def random_pictures(seed):
+    """Pictures of random sizes and modes, all lossless."""
+    generator = np.random.default_rng(seed)
+    for index in range(150):
+        height, width = (int(generator.integers(1, limit)) for limit in generator.choice([9, 70, 300], 2))
+        channels = int(generator.choice([1, 3, 3, 4]))
+        image = Image.fromarray(pattern(height, width, channels, index))
+        yield f"{index}.png", lambda p, image=image: image.save(p)
+
+
 def main():
-    folder = OUT / "images"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seed", type=int)
+    arguments = parser.parse_args()
+    out, chosen = arguments.out, pictures() if arguments.seed is None else random_pictures(arguments.seed)
+    folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
     cases, tensors = [], {}
 
@@ -115,7 +132,7 @@ def main():
         tensors[name] = np.ascontiguousarray(values)
         cases.append({"name": name, "file": file, "kind": kind, "longest": longest, "patch": patch, "merge": merge, **more})
 
-    for file, write in pictures():
+    for file, write in chosen:
         write(folder / file)
         image = ImageOps.exif_transpose(Image.open(folder / file))
         if image.mode == "I;16":
@@ -131,18 +148,19 @@ def main():
         encoder = ImageEncoder(ImageConfig(4, 32, 2), SpecialImageIDs(10, 12, 13))
         columns, rows = encoder._image_to_num_tokens(image)
         add(file, "mistral_common", 32, 4, 2, transform_image(image, (columns * 8, rows * 8)))
-    for file in ["rgb.png", "large.png", "exact.png"]:
-        image = Image.open(folder / file)
-        add(file, "hf", 1540, 14, 2, hugging_face(image, 1540, 28)[0])
-    image = Image.open(folder / "large.png")
-    for resample in [1, 2]:
-        add("large.png", "hf", 64, 8, 1, hugging_face(image, 64, 8, resample)[0], resample=resample)
+    if arguments.seed is None:
+        for file in ["rgb.png", "large.png", "exact.png"]:
+            image = Image.open(folder / file)
+            add(file, "hf", 1540, 14, 2, hugging_face(image, 1540, 28)[0])
+        image = Image.open(folder / "large.png")
+        for resample in [1, 2]:
+            add("large.png", "hf", 64, 8, 1, hugging_face(image, 64, 8, resample)[0], resample=resample)
 
-    save_file(tensors, OUT / "images.safetensors")
+    save_file(tensors, out / "images.safetensors")
     versions = {"transformers": transformers.__version__, "mistral_common": mistral_common.__version__, "pillow": PIL.__version__}
     text = json.dumps({"format_version": FORMAT_VERSION, **versions, "cases": cases}, indent=0)
-    (OUT / "images.json").write_text(text + "\n", encoding="utf-8")
-    print(len(cases), "cases,", (OUT / "images.safetensors").stat().st_size, "bytes")
+    (out / "images.json").write_text(text + "\n", encoding="utf-8")
+    print(len(cases), "cases,", (out / "images.safetensors").stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

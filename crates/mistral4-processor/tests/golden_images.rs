@@ -1,4 +1,6 @@
 //! Pixel values equal to transformers' and `mistral_common`'s, on the fixtures of `tools/golden/processor_images.py`.
+//!
+//! With `MISTRAL4_IMAGE_GOLDENS=DIR` the same check runs over a folder that the script wrote with `--out DIR --seed N`.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +10,10 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 
 fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/processor")
+    match std::env::var_os("MISTRAL4_IMAGE_GOLDENS") {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/processor"),
+    }
 }
 
 #[derive(Deserialize)]
