@@ -4,7 +4,8 @@ use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
 use crate::gemm::{
-    Bf16Pair, MR, NR, Panel, Target, multiply_rows, pack_lanes, pack_rows, pairs, tiles, write_rows,
+    Bf16Pair, MR, NR, Panel, Target, multiply_rows, pack_lanes, pack_rows, pairs, panels, task_columns,
+    tiles, write_rows,
 };
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
@@ -70,17 +71,23 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     // activation, which becomes that activation.
     let mut gate_up = {
         let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
-        rows_product::<P>(isa, &groups, &x, [hidden, 2 * inter], |expert, cols, depth, right| {
+        rows_product::<P>(isa, &groups, &x, [hidden, 2 * inter, NR], |expert, cols, depth, right| {
             let lane = |i: usize| &experts.gate_up_row(expert, cols.start + i)[depth.start..];
             pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
         })
     };
     let mut inner = {
         let dout = groups.pack_left::<P, X>(isa, hidden, |row| dout_row(groups.token(row)));
-        rows_product::<P>(isa, &groups, &dout, [hidden, inter], |expert, cols, depth, right| {
-            let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
-            pack_rows(isa, depth.len(), [cols.len(), NR], row, right);
-        })
+        rows_product::<P>(
+            isa,
+            &groups,
+            &dout,
+            [hidden, inter, task_columns(inter)],
+            |expert, cols, depth, right| {
+                let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
+                pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
+            },
+        )
     };
     differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
 
@@ -90,13 +97,13 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
             isa,
             &groups,
             dx,
-            hidden,
+            [hidden, task_columns(hidden)],
             |cols, add| {
                 let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
                     let row = |k: usize| &experts.gate_up_row(expert, depth.start + k)[cols.start..];
-                    pack_rows(isa, depth.len(), [cols.len(), NR], row, right);
+                    pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
                 };
-                groups.multiply(isa, &left, 2 * inter, pack, |rows, sums| add(rows, sums));
+                groups.multiply(isa, &left, [2 * inter, cols.len()], pack, |rows, sums| add(rows, sums));
             },
             |_| 1.0,
         );
@@ -113,25 +120,27 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     }
 }
 
-/// `[rows, columns]` product of packed sorted rows with a matrix of each expert.
+/// `[rows, columns]` product of packed sorted rows with a matrix of each expert, `width` columns a task.
 fn rows_product<P: Panel>(
     isa: Isa,
     groups: &Groups,
     left: &[P],
-    [depth, columns]: [usize; 2],
+    [depth, columns, width]: [usize; 3],
     pack_right: impl Fn(usize, Range<usize>, Range<usize>, &mut [P]) + Sync + Send,
 ) -> Scratch<f32> {
     let mut out = scratch::take::<f32>(groups.rows() * columns);
     let shared = Shared::new(&mut out);
-    parallel::for_each_chunk(columns, NR, |cols| {
+    parallel::for_each_chunk(columns, width, |cols| {
         let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             pack_right(expert, cols.clone(), depth, right);
         };
-        groups.multiply(isa, left, depth, pack, |rows, sums| {
-            let first = rows.start * columns + cols.start;
-            let target = Target { first, stride: columns, columns: cols.len() };
-            // SAFETY: each task owns its columns.
-            unsafe { write_rows(isa, sums, shared, target, false) };
+        groups.multiply(isa, left, [depth, cols.len()], pack, |rows, sums| {
+            for (cols, sums) in panels(cols.clone(), sums, rows.len()) {
+                let first = rows.start * columns + cols.start;
+                let target = Target { first, stride: columns, columns: cols.len() };
+                // SAFETY: each task owns its columns.
+                unsafe { write_rows(isa, sums, shared, target, false) };
+            }
         });
     });
     out

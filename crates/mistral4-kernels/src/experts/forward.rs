@@ -1,12 +1,14 @@
 //! Forward pass of the routed experts.
+use super::few::forward_few;
 use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, NR, Panel, Target, pack_lanes, pairs, tiles, write_rows};
+use crate::gemm::{Bf16Pair, NR, Panel, Target, few_rows, pack_lanes, pairs, panels, tiles, write_rows};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
-use crate::vector::{erf, per_isa, sigmoid, tanh};
+use crate::vector::{erf, mul_add, per_isa, sigmoid, tanh};
+use half::bf16;
 use std::ops::Range;
 
 /// Gate columns in a panel; the other half holds the same columns of up.
@@ -24,33 +26,35 @@ pub fn moe_experts<X: Element, W: Element, I: Index>(experts: &Experts<'_, X, W,
     experts.check();
     assert_eq!(out.len(), experts.x.len(), "out is [T, D]");
     let isa = Isa::active();
-    if pairs::<X, W>(isa) {
-        forward::<Bf16Pair, X, W, I>(isa, experts, out);
-    } else {
-        forward::<f32, X, W, I>(isa, experts, out);
+    let groups = Groups::new(experts.indices, experts.dims.top_k, experts.dims.experts);
+    match (groups.most_rows() <= few_rows::<X, W>(isa), pairs::<X, W>(isa)) {
+        (true, true) => forward_few::<bf16, X, W, I>(isa, experts, &groups, out),
+        (true, false) => forward_few::<f32, X, W, I>(isa, experts, &groups, out),
+        (false, true) => forward::<Bf16Pair, X, W, I>(isa, experts, &groups, out),
+        (false, false) => forward::<f32, X, W, I>(isa, experts, &groups, out),
     }
 }
 
 fn forward<P: Panel, X: Element, W: Element, I: Index>(
     isa: Isa,
     experts: &Experts<'_, X, W, I>,
+    groups: &Groups,
     out: &mut [X],
 ) {
-    let ExpertDims { top_k, experts: count, hidden, inter, .. } = experts.dims;
-    let groups = Groups::new(experts.indices, top_k, count);
+    let ExpertDims { hidden, inter, .. } = experts.dims;
     let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
-    let inner = gated(isa, experts, &groups, &x);
+    let inner = gated(isa, experts, groups, &x);
     scatter(
         isa,
-        &groups,
+        groups,
         out,
-        hidden,
+        [hidden, NR],
         |cols, add| {
             let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
                 let lane = |i: usize| &experts.down_row(expert, cols.start + i)[depth.start..];
                 pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
             };
-            groups.multiply(isa, &inner, inter, pack, |rows, sums| add(rows, sums));
+            groups.multiply(isa, &inner, [inter, cols.len()], pack, |rows, sums| add(rows, sums));
         },
         |row| experts.weights[groups.slot(row)],
     );
@@ -77,7 +81,7 @@ fn gated<P: Panel, X: Element, W: Element, I: Index>(
             };
             pack_lanes(isa, depth.len(), [NR, NR], lane, right);
         };
-        groups.multiply(isa, x, hidden, pack, |rows, sums| {
+        groups.multiply(isa, x, [hidden, NR], pack, |rows, sums| {
             gate(isa, experts.activation, sums);
             for tile in tiles(rows.clone()) {
                 let height = tile.len();
@@ -92,34 +96,48 @@ fn gated<P: Panel, X: Element, W: Element, I: Index>(
     inner
 }
 
-/// Adds row blocks into `out` (`[T, columns]`), with a weight for each sorted row.
+/// Adds row blocks into `out` (`[T, columns]`), with a weight for each sorted row, `width` columns a task.
 ///
 /// `produce(cols, add)` calls `add(rows, sums)` in the order in which the rows are to be added.
 pub(super) fn scatter<X: Element>(
     isa: Isa,
     groups: &Groups,
     out: &mut [X],
-    columns: usize,
+    [columns, width]: [usize; 2],
     produce: impl Fn(Range<usize>, &mut dyn FnMut(Range<usize>, &[f32])) + Sync + Send,
     weight: impl Fn(usize) -> f32 + Sync + Send,
 ) {
     let tokens = out.len().checked_div(columns).unwrap_or(0);
     let out = Shared::new(out);
-    parallel::for_each_chunk(columns, NR, |cols| {
-        let mut block = scratch::zeros(tokens * NR);
+    parallel::for_each_chunk(columns, width, |cols| {
+        let mut block = scratch::zeros(tokens * cols.len().next_multiple_of(NR));
         produce(cols.clone(), &mut |rows, sums| {
-            for (row, sums) in rows.zip(sums.as_chunks::<NR>().0) {
-                let weight = weight(row);
-                let target = &mut block.as_chunks_mut::<NR>().0[groups.token(row)];
-                for (target, sum) in target.iter_mut().zip(sums) {
-                    *target += weight * sum;
+            let parts = block.chunks_exact_mut(tokens * NR).zip(sums.chunks_exact(rows.len() * NR));
+            for (block, sums) in parts {
+                for (row, sums) in rows.clone().zip(sums.as_chunks::<NR>().0) {
+                    let target = &mut block.as_chunks_mut::<NR>().0[groups.token(row)];
+                    add_scaled(isa, target, weight(row), sums);
                 }
             }
         });
-        let target = Target { first: cols.start, stride: columns, columns: cols.len() };
-        // SAFETY: each task owns its columns.
-        unsafe { write_rows(isa, &block, out, target, false) };
+        for (cols, sums) in panels(cols, &block, tokens) {
+            let target = Target { first: cols.start, stride: columns, columns: cols.len() };
+            // SAFETY: each task owns its columns.
+            unsafe { write_rows(isa, sums, out, target, false) };
+        }
     });
+}
+
+per_isa! {
+    /// `target += factor * values`.
+    pub(super) fn add_scaled(target: &mut [f32], factor: f32, values: &[f32]) = add_scaled_body;
+}
+
+#[inline(always)]
+fn add_scaled_body<const FMA: bool>(target: &mut [f32], factor: f32, values: &[f32]) {
+    for (target, value) in target.iter_mut().zip(values) {
+        *target = mul_add::<FMA>(factor, *value, *target);
+    }
 }
 
 per_isa! {
@@ -131,12 +149,22 @@ per_isa! {
 fn gate_body<const FMA: bool>(activation: Activation, tile: &mut [f32]) {
     for row in tile.as_chunks_mut::<NR>().0 {
         let (gate, up) = row.split_at_mut(HALF);
-        match activation {
-            Activation::Silu => multiply(gate, up, |x| activate::<FMA>(Activation::Silu, x)),
-            Activation::Gelu => multiply(gate, up, |x| activate::<FMA>(Activation::Gelu, x)),
-            Activation::GeluTanh => multiply(gate, up, |x| activate::<FMA>(Activation::GeluTanh, x)),
-            Activation::Relu => multiply(gate, up, |x| activate::<FMA>(Activation::Relu, x)),
-        }
+        gate_slices_body::<FMA>(activation, gate, up);
+    }
+}
+
+per_isa! {
+    /// `gate = act(gate) * up`.
+    pub(super) fn gate_slices(activation: Activation, gate: &mut [f32], up: &[f32]) = gate_slices_body;
+}
+
+#[inline(always)]
+fn gate_slices_body<const FMA: bool>(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => multiply(gate, up, |x| activate::<FMA>(Activation::Silu, x)),
+        Activation::Gelu => multiply(gate, up, |x| activate::<FMA>(Activation::Gelu, x)),
+        Activation::GeluTanh => multiply(gate, up, |x| activate::<FMA>(Activation::GeluTanh, x)),
+        Activation::Relu => multiply(gate, up, |x| activate::<FMA>(Activation::Relu, x)),
     }
 }
 

@@ -50,6 +50,11 @@ impl Groups {
         self.slots.len()
     }
 
+    /// Rows of the busiest expert.
+    pub(super) fn most_rows(&self) -> usize {
+        self.used.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0)
+    }
+
     pub(super) fn slot(&self, row: usize) -> usize {
         self.slots[row] as usize
     }
@@ -79,20 +84,19 @@ impl Groups {
 
     /// Multiplies the left tiles of every used expert with a right panel of that expert.
     ///
-    /// `pack_right(expert, depth, out)` packs part of the summed axis; `finish(rows, sums)` receives rows of
-    /// [`NR`] sums, in the order of experts and rows.
+    /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; `finish(rows, sums)`
+    /// receives `[panels, rows, NR]` sums, in the order of experts and rows.
     pub(super) fn multiply<P: Panel>(
         &self,
         isa: Isa,
         left: &[P],
-        depth: usize,
+        [depth, columns]: [usize; 2],
         pack_right: impl Fn(usize, Range<usize>, &mut [P]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
-        let most = self.used.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
-        let mut sums = scratch::take::<f32>(most * NR);
+        let mut sums = scratch::take::<f32>(self.most_rows() * columns.next_multiple_of(NR));
         for (expert, rows) in &self.used {
-            let sums = &mut sums[..rows.len() * NR];
+            let sums = &mut sums[..rows.len() * columns.next_multiple_of(NR)];
             let pack = |depth: Range<usize>, out: &mut [P]| pack_right(*expert, depth, out);
             multiply_rows(isa, left, rows.clone(), depth, pack, sums);
             finish(rows.clone(), sums);

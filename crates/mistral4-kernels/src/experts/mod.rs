@@ -4,6 +4,7 @@
 //! all experts for its columns: tasks are equal however uneven the routing is, and the contributions to one
 //! token are always added in the order of experts.
 mod backward;
+mod few;
 mod forward;
 mod groups;
 

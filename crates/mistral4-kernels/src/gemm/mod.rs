@@ -7,6 +7,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod dot;
 mod linear;
 mod pack;
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +15,7 @@ mod pack_avx512;
 mod panel;
 mod portable;
 
+pub(crate) use dot::{Rows, dot_rows, few_rows};
 pub use linear::{LinearDims, linear, linear_backward_input, linear_backward_weight};
 pub(crate) use pack::{pack_lanes, pack_rows};
 pub(crate) use panel::{Bf16Pair, MR, NR, Panel, TileOut};
@@ -89,13 +91,19 @@ impl<T: Element> Matrix<'_, T> {
         }
     }
 
-    /// Packs columns of a right operand, over part of the summed axis, as one panel.
+    /// Packs columns of a right operand, over part of the summed axis, as panels.
     fn pack_right<P: Panel>(&self, isa: Isa, cols: Range<usize>, depth: Range<usize>, out: &mut [P]) {
         let base = &self.data[cols.start * self.col_stride + depth.start * self.row_stride..];
         if self.row_stride == 1 {
-            pack_lanes(isa, depth.len(), [cols.len(), NR], |i| &base[i * self.col_stride..], out);
+            let panel_len = depth.len().div_ceil(P::STEP) * NR;
+            for (panel, out) in out.chunks_exact_mut(panel_len).enumerate() {
+                let lanes = NR.min(cols.len() - panel * NR);
+                let lane = |i: usize| &base[(panel * NR + i) * self.col_stride..];
+                pack_lanes(isa, depth.len(), [lanes, NR], lane, out);
+            }
         } else {
-            pack_rows(isa, depth.len(), [cols.len(), NR], |k| &base[k * self.row_stride..], out);
+            let width = cols.len().next_multiple_of(NR);
+            pack_rows(isa, depth.len(), [cols.len(), width], |k| &base[k * self.row_stride..], out);
         }
     }
 }
@@ -126,7 +134,9 @@ pub fn gemm<A: Element, B: Element, C: Element>(
         "the [{m}, {n}] output lies outside its slice"
     );
     assert!(m <= 1 || c.row_stride >= n, "output rows overlap");
-    if pairs::<A, B>(isa) {
+    if m <= few_rows::<A, B>(isa) && a.col_stride == 1 && b.row_stride == 1 {
+        gemm_few(isa, dims, a, b, c, accumulate);
+    } else if pairs::<A, B>(isa) {
         gemm_as::<Bf16Pair, A, B, C>(isa, dims, a, b, c, accumulate);
     } else {
         gemm_as::<f32, A, B, C>(isa, dims, a, b, c, accumulate);
@@ -138,6 +148,38 @@ pub(crate) fn pairs<A: Element, B: Element>(isa: Isa) -> bool {
     A::IS_BF16 && B::IS_BF16 && isa == Isa::Avx512Bf16
 }
 
+/// Few left rows times columns that are contiguous.
+fn gemm_few<A: Element, B: Element, C: Element>(
+    isa: Isa,
+    dims: GemmDims,
+    a: Matrix<'_, A>,
+    b: Matrix<'_, B>,
+    c: MatrixMut<'_, C>,
+    accumulate: bool,
+) {
+    let GemmDims { m, n, k } = dims;
+    let (stride, c) = (c.row_stride, Shared::new(c.data));
+    let x = Rows { data: a.data, stride: a.row_stride, count: m };
+    parallel::for_each_chunk(n, streamed_rows::<B>(k), |cols| {
+        let mut sums = scratch::take::<f32>(m * cols.len());
+        let data = &b.data[cols.start * b.col_stride..];
+        dot_rows(isa, x, Rows { data, stride: b.col_stride, count: cols.len() }, k, &mut sums);
+        for row in 0..m {
+            // SAFETY: tasks own disjoint columns.
+            let target = unsafe { c.slice(row * stride + cols.start..row * stride + cols.end) };
+            for (c, sum) in target.iter_mut().zip(&sums[row * cols.len()..]) {
+                *c = C::from_f32(if accumulate { c.to_f32() + sum } else { *sum });
+            }
+        }
+    });
+}
+
+/// Rows of weights that one task reads: enough bytes to be worth waking a thread.
+pub(crate) fn streamed_rows<T: Element>(depth: usize) -> usize {
+    const BYTES: usize = 128 << 10;
+    (BYTES / (depth * size_of::<T>()).max(1)).next_multiple_of(8).max(8)
+}
+
 fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     isa: Isa,
     dims: GemmDims,
@@ -146,14 +188,14 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     c: MatrixMut<'_, C>,
     accumulate: bool,
 ) {
-    /// With fewer panels than this, rows are cut into parts too, so that threads find work.
-    const ENOUGH_TASKS: usize = 16;
     /// Rows whose packed steps of one block fit the second-level cache.
     const PART_ROWS: usize = 64 * MR;
     let GemmDims { m, n, k } = dims;
     let steps = k.div_ceil(P::STEP);
-    let panels = n.div_ceil(NR);
-    let parts = ENOUGH_TASKS.div_ceil(panels.max(1)).min(m.div_ceil(MR)).max(m.div_ceil(PART_ROWS));
+    // Where rows of `b` are contiguous, long pieces of them are read at once.
+    let width = if b.row_stride == 1 { NR } else { task_columns(n) };
+    let column_tasks = n.div_ceil(width);
+    let parts = task_target().div_ceil(column_tasks.max(1)).min(m.div_ceil(MR)).max(m.div_ceil(PART_ROWS));
     let part_rows = |part: usize| m * part / parts..m * (part + 1) / parts;
 
     let mut left = scratch::take::<P>(m * steps);
@@ -167,16 +209,38 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
         }
     });
     let (left, stride, c) = (&*left, c.row_stride, Shared::new(c.data));
-    parallel::for_each(panels * parts, |task| {
-        let (panel, rows) = (task / parts, part_rows(task % parts));
-        let cols = panel * NR..((panel + 1) * NR).min(n);
-        let mut sums = scratch::take::<f32>(rows.len() * NR);
+    parallel::for_each(column_tasks * parts, |task| {
+        let rows = part_rows(task % parts);
+        let cols = task / parts * width..((task / parts + 1) * width).min(n);
+        let mut sums = scratch::take::<f32>(rows.len() * cols.len().next_multiple_of(NR));
         let pack = |depth: Range<usize>, out: &mut [P]| b.pack_right(isa, cols.clone(), depth, out);
         multiply_rows(isa, left, rows.clone(), k, pack, &mut sums);
-        let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
-        // SAFETY: tasks own disjoint rectangles of `c`.
-        unsafe { write_rows(isa, &sums, c, target, accumulate) };
+        for (cols, sums) in panels(cols, &sums, rows.len()) {
+            let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
+            // SAFETY: tasks own disjoint rectangles of `c`.
+            unsafe { write_rows(isa, sums, c, target, accumulate) };
+        }
     });
+}
+
+/// Tasks that give every thread several.
+fn task_target() -> usize {
+    4 * rayon::current_num_threads()
+}
+
+/// Columns of one task: up to four panels, fewer when threads would run out of tasks.
+pub(crate) fn task_columns(columns: usize) -> usize {
+    NR * (columns / NR / task_target()).clamp(1, 4)
+}
+
+/// Splits `[panels, rows, NR]` sums of some columns into the columns and sums of each panel.
+pub(crate) fn panels(
+    cols: Range<usize>,
+    sums: &[f32],
+    rows: usize,
+) -> impl Iterator<Item = (Range<usize>, &[f32])> {
+    let starts = cols.clone().step_by(NR);
+    starts.map(move |start| start..(start + NR).min(cols.end)).zip(sums.chunks_exact((rows * NR).max(1)))
 }
 
 /// The tiles of a range of rows: nearly equal heights of at most [`MR`].
@@ -185,10 +249,11 @@ pub(crate) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     (0..count).map(move |i| rows.start + rows.len() * i / count..rows.start + rows.len() * (i + 1) / count)
 }
 
-/// `sums[rows, NR] = left[rows, depth] right[depth, NR]`.
+/// `sums[panels, rows, NR] = left[rows, depth] right[depth, panels]`.
 ///
 /// `left` holds the packed tiles of all rows of the operand, each `[steps, height]`. `pack_right` packs a
-/// part of the summed axis; parts are short enough to stay in the first-level cache while the tiles pass by.
+/// part of the summed axis as `[panels, steps, NR]`; parts are short enough for one panel to stay in the
+/// first-level cache while the tiles pass by.
 pub(crate) fn multiply_rows<P: Panel>(
     isa: Isa,
     left: &[P],
@@ -199,24 +264,29 @@ pub(crate) fn multiply_rows<P: Panel>(
 ) {
     /// Steps of one part of the summed axis: 32 KiB of right operand.
     const BLOCK: usize = 256;
-    assert_eq!(sums.len(), rows.len() * NR);
+    if rows.is_empty() {
+        return;
+    }
+    let panels = sums.len() / (rows.len() * NR);
+    assert_eq!(sums.len(), panels * rows.len() * NR);
     let steps = depth.div_ceil(P::STEP);
     if steps == 0 {
         sums.fill(0.0);
     }
-    let mut right = scratch::take::<P>(BLOCK.min(steps) * NR);
+    let mut right = scratch::take::<P>(panels * BLOCK.min(steps) * NR);
     for first in (0..steps).step_by(BLOCK) {
         let count = BLOCK.min(steps - first);
-        let right = &mut right[..count * NR];
+        let right = &mut right[..panels * count * NR];
         pack_right(first * P::STEP..((first + count) * P::STEP).min(depth), right);
-        for tile in tiles(rows.clone()) {
-            let start = tile.start * steps + first * tile.len();
-            let left = &left[start..start + count * tile.len()];
-            let ptr = sums[(tile.start - rows.start) * NR..].as_mut_ptr();
-            // SAFETY: `sums` holds `NR` floats for each row.
-            unsafe {
-                P::tile(isa, tile.len(), left, right, TileOut { ptr, stride: NR, accumulate: first > 0 })
-            };
+        for (right, sums) in right.chunks_exact(count * NR).zip(sums.chunks_exact_mut(rows.len() * NR)) {
+            for tile in tiles(rows.clone()) {
+                let start = tile.start * steps + first * tile.len();
+                let left = &left[start..start + count * tile.len()];
+                let ptr = sums[(tile.start - rows.start) * NR..].as_mut_ptr();
+                let out = TileOut { ptr, stride: NR, accumulate: first > 0 };
+                // SAFETY: `sums` holds `NR` floats for each row.
+                unsafe { P::tile(isa, tile.len(), left, right, out) };
+            }
         }
     }
 }
@@ -253,9 +323,7 @@ fn write_body<C: Element, const FMA: bool>(sums: &[f32], c: Shared<'_, C>, targe
         let start = target.first + row * target.stride;
         // SAFETY: the caller of `write_rows` owns the rectangle.
         let out = unsafe { c.slice(start..start + target.columns) };
-        if let Some(out) = out.as_mut_array::<NR>()
-            && !accumulate
-        {
+        if !accumulate && let Some(out) = out.as_chunks_mut::<NR>().0.first_mut() {
             for (c, sum) in out.iter_mut().zip(sums) {
                 *c = C::from_f32(*sum);
             }

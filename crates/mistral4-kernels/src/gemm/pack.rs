@@ -1,7 +1,7 @@
 //! Packing of operands into tiles and panels.
 #[cfg(target_arch = "x86_64")]
 use super::pack_avx512;
-use super::panel::Panel;
+use super::panel::{NR, Panel};
 use crate::element::Element;
 use crate::isa::Isa;
 
@@ -42,7 +42,8 @@ pub(crate) fn pack_lanes<'a, P: Panel, T: Element>(
 
 /// Packs lanes that lie side by side at each position of the summed axis: `row(k)[..lanes]`.
 ///
-/// `out` is `[steps, width]`; lanes past `lanes` become zero.
+/// `out` is `[steps, width]`, or `[panels, steps, NR]` when `width` is more than one panel; lanes past `lanes`
+/// become zero.
 #[inline]
 pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
     isa: Isa,
@@ -52,7 +53,10 @@ pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
     out: &mut [P],
 ) {
     let steps = depth.div_ceil(P::STEP);
-    assert!(lanes <= width && out.len() == steps * width);
+    assert!(lanes <= width && out.len() == steps * width && (width <= NR || width.is_multiple_of(NR)));
+    if out.is_empty() {
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 {
         // SAFETY: each row is cut to `lanes`, `out` has been measured, and the processor has AVX-512.
@@ -62,19 +66,22 @@ pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
         return;
     }
     let _ = isa;
-    for (step, out) in out.chunks_exact_mut(width).enumerate() {
-        let k = step * P::STEP;
-        let first = &row(k)[..lanes];
-        if P::STEP == 2 && k + 1 < depth {
-            let second = &row(k + 1)[..lanes];
-            for ((out, a), b) in out.iter_mut().zip(first).zip(second) {
-                *out = P::pack(*a, Some(*b));
+    for (panel, out) in out.chunks_exact_mut(steps * width.min(NR)).enumerate() {
+        let lanes = (panel * NR).min(lanes)..((panel + 1) * NR).min(lanes);
+        for (step, out) in out.chunks_exact_mut(width.min(NR)).enumerate() {
+            let k = step * P::STEP;
+            let first = &row(k)[lanes.clone()];
+            if P::STEP == 2 && k + 1 < depth {
+                let second = &row(k + 1)[lanes.clone()];
+                for ((out, a), b) in out.iter_mut().zip(first).zip(second) {
+                    *out = P::pack(*a, Some(*b));
+                }
+            } else {
+                for (out, a) in out.iter_mut().zip(first) {
+                    *out = P::pack(*a, None);
+                }
             }
-        } else {
-            for (out, a) in out.iter_mut().zip(first) {
-                *out = P::pack(*a, None);
-            }
+            out[lanes.len()..].fill(P::default());
         }
-        out[lanes..].fill(P::default());
     }
 }

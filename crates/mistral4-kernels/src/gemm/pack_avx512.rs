@@ -1,5 +1,5 @@
 //! Packing with AVX-512: 16 x 16 transposes of 32-bit steps, and interleaving of rows.
-use super::panel::Panel;
+use super::panel::{NR, Panel};
 use crate::element::Element;
 use std::arch::x86_64::*;
 
@@ -159,7 +159,9 @@ pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
     row: impl Fn(usize) -> *const T,
     out: *mut P,
 ) {
-    for step in 0..depth.div_ceil(P::STEP) {
+    let steps = depth.div_ceil(P::STEP);
+    let panel_width = width.min(NR);
+    for step in 0..steps {
         let k = step * P::STEP;
         let first = row(k);
         let second = if k + 1 < depth { row(k + 1) } else { first };
@@ -181,7 +183,7 @@ pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
                         _mm512_or_si512(round(a), _mm512_slli_epi32::<16>(round(b)))
                     }
                 };
-                let target = out.add(step * width + group);
+                let target = out.add((group / NR * steps + step) * panel_width + group % NR);
                 _mm512_mask_storeu_epi32(target.cast(), mask16(width - group), words);
             }
         }
