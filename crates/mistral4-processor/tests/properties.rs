@@ -166,6 +166,17 @@ proptest! {
     }
 
     #[test]
+    fn a_vocabulary_learned_from_any_text_encodes_it(texts in prop::collection::vec(text(), 0..4), size in 296_usize..420) {
+        let file = TekkenBuilder::new(size).train(texts.iter().map(String::as_str)).expect("any text is learnable");
+        prop_assert!(file.vocab_size() <= size);
+        let tokenizer = file.tokenizer().expect("the built file loads");
+        for text in &texts {
+            let ids = tokenizer.encode(text).expect("text encodes");
+            prop_assert_eq!(&tokenizer.decode(&ids, SpecialTokens::Keep).expect("ids decode"), text);
+        }
+    }
+
+    #[test]
     fn a_stream_says_what_decoding_says(ids in prop::collection::vec(0_u32..340, 0..60), keep in any::<bool>()) {
         let ids: Vec<u32> = ids.into_iter().filter(|id| (*id as usize) < TOKENIZER.vocab_size()).collect();
         let special_tokens = if keep { SpecialTokens::Keep } else { SpecialTokens::Skip };
