@@ -4,7 +4,7 @@ use crate::gemm::{LinearDims, linear, linear_backward_input, linear_backward_wei
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch;
-use crate::vector::{LANES, exp, per_isa, reduce};
+use crate::vector::{LANES, exp, per_isa, sum_by};
 
 /// The label of tokens that carry no loss.
 pub const IGNORE_INDEX: i64 = -100;
@@ -138,22 +138,17 @@ per_isa! {
 #[inline(always)]
 fn max_and_sum_body<const FMA: bool>(logits: &[f32]) -> (f32, f32) {
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    for logits in logits.chunks(LANES) {
-        for (max, x) in lanes.iter_mut().zip(logits) {
+    let (chunks, tail) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (max, x) in lanes.iter_mut().zip(chunk) {
             *max = if *x > *max { *x } else { *max };
         }
     }
-    let max = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = lanes.iter().chain(tail).copied().fold(f32::NEG_INFINITY, f32::max);
     // Blocks bound the rounding error of long sums.
     let mut total = 0.0f32;
     for block in logits.chunks(LANES * 128) {
-        let mut sums = [0.0f32; LANES];
-        for logits in block.chunks(LANES) {
-            for (sum, x) in sums.iter_mut().zip(logits) {
-                *sum += exp::<FMA>(*x - max);
-            }
-        }
-        total += reduce(sums);
+        total += sum_by(block, |x, sum| sum + exp::<FMA>(*x - max));
     }
     (max, total)
 }

@@ -3,7 +3,7 @@ use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch;
-use crate::vector::{LANES, mul_add, per_isa, reduce};
+use crate::vector::{LANES, mul_add, per_isa, reduce, sum_by};
 
 /// Rows of one task.
 const ROWS: usize = 16;
@@ -46,15 +46,11 @@ fn forward_rows_body<X: Element, W: Element, const FMA: bool>(
     for (i, rstd) in rstd.iter_mut().enumerate() {
         let x = &x[i * width..(i + 1) * width];
         let y = &mut y[i * width..(i + 1) * width];
-        let mut squares = [0.0f32; LANES];
-        for x in x.chunks(LANES) {
-            for (sum, x) in squares.iter_mut().zip(x) {
-                *sum = mul_add::<FMA>(x.to_f32(), x.to_f32(), *sum);
-            }
-        }
-        *rstd = 1.0 / (reduce(squares) / width as f32 + eps).sqrt();
+        let squares = sum_by(x, |x, sum| mul_add::<FMA>(x.to_f32(), x.to_f32(), sum));
+        *rstd = 1.0 / (squares / width as f32 + eps).sqrt();
+        let rstd = *rstd;
         for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
-            let normed = X::from_f32(x.to_f32() * *rstd).to_f32();
+            let normed = X::from_f32(x.to_f32() * rstd).to_f32();
             *y = X::from_f32(normed * weight.to_f32());
         }
     }
@@ -133,11 +129,18 @@ fn input_rows_body<X: Element, W: Element, const FMA: bool>(
         let row = i * width..(i + 1) * width;
         let (x, dy, dx) = (&saved.x[row.clone()], &dy[row.clone()], &mut dx[row]);
         let mut products = [0.0f32; LANES];
-        for ((x, dy), weight) in x.chunks(LANES).zip(dy.chunks(LANES)).zip(weight.chunks(LANES)) {
+        let mut add = |x: &[X], dy: &[X], weight: &[W]| {
             for (((sum, x), dy), weight) in products.iter_mut().zip(x).zip(dy).zip(weight) {
                 *sum = mul_add::<FMA>(dy.to_f32() * weight.to_f32(), x.to_f32(), *sum);
             }
+        };
+        let (x_chunks, x_tail) = x.as_chunks::<LANES>();
+        let (dy_chunks, dy_tail) = dy.as_chunks::<LANES>();
+        let (weight_chunks, weight_tail) = weight.as_chunks::<LANES>();
+        for ((x, dy), weight) in x_chunks.iter().zip(dy_chunks).zip(weight_chunks) {
+            add(x, dy, weight);
         }
+        add(x_tail, dy_tail, weight_tail);
         let along = reduce(products) * rstd * rstd / width as f32;
         for (((dx, x), dy), weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
             *dx = X::from_f32(rstd * (dy.to_f32() * weight.to_f32() - along * x.to_f32()));

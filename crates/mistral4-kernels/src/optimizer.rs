@@ -2,7 +2,7 @@
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::vector::{LANES, mul_add, per_isa, reduce};
+use crate::vector::{LANES, mul_add, per_isa, sum_by};
 use half::bf16;
 
 /// Elements of one task.
@@ -175,13 +175,7 @@ per_isa! {
 
 #[inline(always)]
 fn squares_body<T: Element, const FMA: bool>(values: &[T]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    for values in values.chunks(LANES) {
-        for (sum, x) in sums.iter_mut().zip(values) {
-            *sum = mul_add::<FMA>(x.to_f32(), x.to_f32(), *sum);
-        }
-    }
-    reduce(sums)
+    sum_by(values, |x, sum| mul_add::<FMA>(x.to_f32(), x.to_f32(), sum))
 }
 
 /// Multiplies every value by `factor`.

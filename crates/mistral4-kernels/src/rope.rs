@@ -1,6 +1,8 @@
 //! Rotary position embedding on part of each head.
 use crate::element::Element;
+use crate::isa::Isa;
 use crate::parallel::{self, Shared};
+use crate::vector::per_isa;
 
 /// Which entries of a head are rotated, and how they pair up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,23 +35,59 @@ pub fn rope<X: Element>(
     scale: Option<&[f32]>,
     y: &mut [X],
 ) {
+    let isa = Isa::active();
     run(dims, [x.len(), y.len()], [cos, sin], scale, Shared::new(y), |y, token| {
-        for head in 0..dims.heads {
-            let start = (token.index * dims.heads + head) * dims.head_dim;
-            let x = &x[start..start + dims.head_dim];
-            let y = &mut y[head * dims.head_dim..(head + 1) * dims.head_dim];
-            for (y, x) in y.iter_mut().zip(x) {
-                *y = X::from_f32(x.to_f32() * token.scale);
+        let start = token.index * y.len();
+        rotate(isa, dims, token, &x[start..start + y.len()], y);
+    });
+}
+
+per_isa! {
+    /// Rotates the heads of one token.
+    fn rotate<X: Element>(dims: RopeDims, token: Token<'_>, x: &[X], y: &mut [X]) = rotate_body;
+}
+
+#[inline(always)]
+fn rotate_body<X: Element, const FMA: bool>(dims: RopeDims, token: Token<'_>, x: &[X], y: &mut [X]) {
+    let half = dims.rope_dim / 2;
+    for (x, y) in x.chunks_exact(dims.head_dim).zip(y.chunks_exact_mut(dims.head_dim)) {
+        let (x_rotated, y_rotated) = copy_unrotated(dims, token.scale, x, y);
+        let (y_first, y_second) = y_rotated.split_at_mut(half);
+        let out = y_first.iter_mut().zip(y_second).zip(token.cos).zip(token.sin);
+        let turn = |a: f32, b: f32, cos: f32, sin: f32| {
+            (X::from_f32((a * cos - b * sin) * token.scale), X::from_f32((b * cos + a * sin) * token.scale))
+        };
+        if dims.interleaved {
+            for ((((first, second), cos), sin), [a, b]) in out.zip(x_rotated.as_chunks::<2>().0) {
+                (*first, *second) = turn(a.to_f32(), b.to_f32(), *cos, *sin);
             }
-            let half = dims.rope_dim / 2;
-            for (i, (cos, sin)) in token.cos.iter().zip(token.sin).enumerate() {
-                let [a, b] = if dims.interleaved { [2 * i, 2 * i + 1] } else { [i, i + half] };
-                let (a, b) = (x[dims.offset + a].to_f32(), x[dims.offset + b].to_f32());
-                y[dims.offset + i] = X::from_f32((a * cos - b * sin) * token.scale);
-                y[dims.offset + half + i] = X::from_f32((b * cos + a * sin) * token.scale);
+        } else {
+            let (x_first, x_second) = x_rotated.split_at(half);
+            for (((((first, second), cos), sin), a), b) in out.zip(x_first).zip(x_second) {
+                (*first, *second) = turn(a.to_f32(), b.to_f32(), *cos, *sin);
             }
         }
-    });
+    }
+}
+
+/// Scales the entries of a head that are not rotated, and returns the others.
+#[inline(always)]
+fn copy_unrotated<'a, X: Element>(
+    dims: RopeDims,
+    scale: f32,
+    x: &'a [X],
+    y: &'a mut [X],
+) -> (&'a [X], &'a mut [X]) {
+    let (x_before, x) = x.split_at(dims.offset);
+    let (y_before, y) = y.split_at_mut(dims.offset);
+    let (x, x_after) = x.split_at(dims.rope_dim);
+    let (y, y_after) = y.split_at_mut(dims.rope_dim);
+    for (y, x) in [(y_before, x_before), (y_after, x_after)] {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = X::from_f32(x.to_f32() * scale);
+        }
+    }
+    (x, y)
 }
 
 /// Gradient of [`rope`]: the inverse rotation, with the same scale.
@@ -64,25 +102,42 @@ pub fn rope_backward<X: Element>(
     scale: Option<&[f32]>,
     dx: &mut [X],
 ) {
+    let isa = Isa::active();
     run(dims, [dy.len(), dx.len()], [cos, sin], scale, Shared::new(dx), |dx, token| {
-        for head in 0..dims.heads {
-            let start = (token.index * dims.heads + head) * dims.head_dim;
-            let dy = &dy[start..start + dims.head_dim];
-            let dx = &mut dx[head * dims.head_dim..(head + 1) * dims.head_dim];
-            for (dx, dy) in dx.iter_mut().zip(dy) {
-                *dx = X::from_f32(dy.to_f32() * token.scale);
-            }
-            let half = dims.rope_dim / 2;
-            for (i, (cos, sin)) in token.cos.iter().zip(token.sin).enumerate() {
-                let (p, q) = (dy[dims.offset + i].to_f32(), dy[dims.offset + half + i].to_f32());
-                let [a, b] = if dims.interleaved { [2 * i, 2 * i + 1] } else { [i, i + half] };
-                dx[dims.offset + a] = X::from_f32((p * cos + q * sin) * token.scale);
-                dx[dims.offset + b] = X::from_f32((q * cos - p * sin) * token.scale);
-            }
-        }
+        let start = token.index * dx.len();
+        rotate_back(isa, dims, token, &dy[start..start + dx.len()], dx);
     });
 }
 
+per_isa! {
+    /// Rotates the heads of one token back.
+    fn rotate_back<X: Element>(dims: RopeDims, token: Token<'_>, dy: &[X], dx: &mut [X]) = rotate_back_body;
+}
+
+#[inline(always)]
+fn rotate_back_body<X: Element, const FMA: bool>(dims: RopeDims, token: Token<'_>, dy: &[X], dx: &mut [X]) {
+    let half = dims.rope_dim / 2;
+    for (dy, dx) in dy.chunks_exact(dims.head_dim).zip(dx.chunks_exact_mut(dims.head_dim)) {
+        let (dy_rotated, dx_rotated) = copy_unrotated(dims, token.scale, dy, dx);
+        let (first, second) = dy_rotated.split_at(half);
+        let input = first.iter().zip(second).zip(token.cos).zip(token.sin);
+        let turn = |p: f32, q: f32, cos: f32, sin: f32| {
+            (X::from_f32((p * cos + q * sin) * token.scale), X::from_f32((q * cos - p * sin) * token.scale))
+        };
+        if dims.interleaved {
+            for ([a, b], (((p, q), cos), sin)) in dx_rotated.as_chunks_mut::<2>().0.iter_mut().zip(input) {
+                (*a, *b) = turn(p.to_f32(), q.to_f32(), *cos, *sin);
+            }
+        } else {
+            let (dx_first, dx_second) = dx_rotated.split_at_mut(half);
+            for ((a, b), (((p, q), cos), sin)) in dx_first.iter_mut().zip(dx_second).zip(input) {
+                (*a, *b) = turn(p.to_f32(), q.to_f32(), *cos, *sin);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
 struct Token<'a> {
     index: usize,
     cos: &'a [f32],

@@ -106,6 +106,22 @@ pub(crate) fn reduce(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Folds values into [`LANES`] partial sums by `add(value, sum)`, and adds those up.
+#[inline(always)]
+pub(crate) fn sum_by<T>(values: &[T], add: impl Fn(&T, f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (chunks, tail) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (sum, value) in sums.iter_mut().zip(chunk) {
+            *sum = add(value, *sum);
+        }
+    }
+    for (sum, value) in sums.iter_mut().zip(tail) {
+        *sum = add(value, *sum);
+    }
+    reduce(sums)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

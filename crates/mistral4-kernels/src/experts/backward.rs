@@ -4,8 +4,8 @@ use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
 use crate::gemm::{
-    Bf16Pair, MR, NR, Panel, Target, multiply_rows, pack_lanes, pack_rows, pairs, panels, task_columns,
-    tiles, write_rows,
+    Bf16Pair, MR, NR, Panel, Target, TileOut, pack_lanes, pack_rows, pairs, panels, task_columns,
+    task_target, tiles, write_rows,
 };
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
@@ -92,7 +92,7 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
 
     if let Some(dx) = grads.x {
-        let left = groups.pack_left::<P, f32>(isa, 2 * inter, |row| &gate_up[row * 2 * inter..]);
+        let left = groups.pack_left::<P, f32>(isa, 2 * inter, |row| gate_up.row(row));
         scatter(
             isa,
             &groups,
@@ -109,35 +109,53 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
         );
     }
     if let Some(dgate_up) = grads.gate_up {
-        let left = |row: usize| &gate_up[row * 2 * inter..][..2 * inter];
+        let left = |row: usize| gate_up.row(row);
         let right = |row: usize| experts.x_row(groups.token(row));
         weight_product::<P, _, _, _>(isa, &groups, [2 * inter, hidden], left, right, dgate_up);
     }
     if let Some(ddown) = grads.down {
         let left = |row: usize| dout_row(groups.token(row));
-        let right = |row: usize| &inner[row * inter..][..inter];
+        let right = |row: usize| inner.row(row);
         weight_product::<P, _, _, _>(isa, &groups, [hidden, inter], left, right, ddown);
     }
 }
 
-/// `[rows, columns]` product of packed sorted rows with a matrix of each expert, `width` columns a task.
+/// One row for each sorted row; rows lie an odd number of cache lines apart, so that columns of neighbouring
+/// rows do not compete for the same part of the cache.
+struct SortedRows {
+    data: Scratch<f32>,
+    columns: usize,
+    stride: usize,
+}
+
+impl SortedRows {
+    fn new(rows: usize, columns: usize) -> Self {
+        let stride = 16 * (columns.div_ceil(16) | 1);
+        Self { data: scratch::take(rows * stride), columns, stride }
+    }
+
+    fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.stride..][..self.columns]
+    }
+}
+
+/// Product of packed sorted rows with a matrix of each expert, `width` columns a task.
 fn rows_product<P: Panel>(
     isa: Isa,
     groups: &Groups,
     left: &[P],
     [depth, columns, width]: [usize; 3],
     pack_right: impl Fn(usize, Range<usize>, Range<usize>, &mut [P]) + Sync + Send,
-) -> Scratch<f32> {
-    let mut out = scratch::take::<f32>(groups.rows() * columns);
-    let shared = Shared::new(&mut out);
+) -> SortedRows {
+    let mut out = SortedRows::new(groups.rows(), columns);
+    let (stride, shared) = (out.stride, Shared::new(&mut out.data));
     parallel::for_each_chunk(columns, width, |cols| {
         let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             pack_right(expert, cols.clone(), depth, right);
         };
         groups.multiply(isa, left, [depth, cols.len()], pack, |rows, sums| {
             for (cols, sums) in panels(cols.clone(), sums, rows.len()) {
-                let first = rows.start * columns + cols.start;
-                let target = Target { first, stride: columns, columns: cols.len() };
+                let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
                 // SAFETY: each task owns its columns.
                 unsafe { write_rows(isa, sums, shared, target, false) };
             }
@@ -155,13 +173,11 @@ fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
     right: impl Fn(usize) -> &'a [R] + Sync + Send,
     out: &mut [W],
 ) {
-    /// Rows of the output that one task computes.
-    const ROWS: usize = 32 * MR;
     let mut used = vec![None; out.len().checked_div(m * n).unwrap_or(0)];
     for (expert, rows) in &groups.used {
         used[*expert] = Some(rows.clone());
     }
-    let parts = m.div_ceil(ROWS);
+    let parts = task_target().div_ceil(groups.used.len().max(1)).min(m.div_ceil(MR)).max(1);
     let out = Shared::new(out);
     parallel::for_each(used.len() * parts, |task| {
         let (expert, part) = (task / parts, task % parts);
@@ -180,17 +196,28 @@ fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
             let out = &mut packed[tile.start * steps..tile.end * steps];
             pack_rows(isa, depth, [tile.len(), tile.len()], row, out);
         }
-        let mut sums = scratch::take::<f32>(outputs.len() * NR);
-        for start in (0..n).step_by(NR) {
-            let columns = NR.min(n - start);
-            let pack = |depth: Range<usize>, panel: &mut [P]| {
-                let row = |k: usize| &right(rows.start + depth.start + k)[start..];
-                pack_rows(isa, depth.len(), [columns, NR], row, panel);
-            };
-            multiply_rows(isa, &packed, 0..outputs.len(), depth, pack, &mut sums);
-            let target = Target { first: first + start, stride: n, columns };
-            // SAFETY: each task owns its rows of one expert.
-            unsafe { write_rows(isa, &sums, out, target, false) };
+        let width = 4 * NR;
+        let mut panels = scratch::take::<P>(width * steps);
+        let mut sums = [0.0f32; MR * NR];
+        for start in (0..n).step_by(width) {
+            let columns = width.min(n - start);
+            let panels = &mut panels[..columns.next_multiple_of(NR) * steps];
+            let row = |k: usize| &right(rows.start + k)[start..];
+            pack_rows(isa, depth, [columns, columns.next_multiple_of(NR)], row, panels);
+            for (i, panel) in panels.chunks_exact(steps * NR).enumerate() {
+                let start = start + i * NR;
+                for tile in tiles(0..outputs.len()) {
+                    let sums = &mut sums[..tile.len() * NR];
+                    let left = &packed[tile.start * steps..tile.end * steps];
+                    let tile_out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
+                    // SAFETY: `sums` holds the tile's rows of `NR` floats.
+                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out) };
+                    let first = first + tile.start * n + start;
+                    let target = Target { first, stride: n, columns: NR.min(n - start) };
+                    // SAFETY: each task owns its rows of one expert.
+                    unsafe { write_rows(isa, sums, out, target, false) };
+                }
+            }
         }
     });
 }
@@ -200,20 +227,21 @@ fn differentiate<X: Element, W: Element, I: Index>(
     isa: Isa,
     experts: &Experts<'_, X, W, I>,
     groups: &Groups,
-    gate_up: &mut [f32],
-    inner: &mut [f32],
+    gate_up: &mut SortedRows,
+    inner: &mut SortedRows,
     dweights: Option<&mut [f32]>,
 ) {
     let inter = experts.dims.inter;
-    let (gate_up, inner) = (Shared::new(gate_up), Shared::new(inner));
+    let strides = (gate_up.stride, inner.stride);
+    let (gate_up, inner) = (Shared::new(&mut gate_up.data), Shared::new(&mut inner.data));
     let dweights = dweights.map(Shared::new);
     parallel::for_each_chunk(groups.rows(), 16, |rows| {
         for row in rows {
             let slot = groups.slot(row);
             // SAFETY: each task owns its rows, and each row has its own slot.
             unsafe {
-                let gate_up = gate_up.slice(row * 2 * inter..(row + 1) * 2 * inter);
-                let inner = inner.slice(row * inter..(row + 1) * inter);
+                let gate_up = gate_up.slice(row * strides.0..row * strides.0 + 2 * inter);
+                let inner = inner.slice(row * strides.1..row * strides.1 + inter);
                 let (gate, up) = gate_up.split_at_mut(inter);
                 let row = InnerRow { gate, up, inner, weight: experts.weights[slot] };
                 let dweight = differentiate_row(isa, experts.activation, row);
@@ -263,8 +291,7 @@ fn differentiate_row_body<const FMA: bool>(activation: Activation, row: InnerRow
 fn differentiate_with(row: InnerRow<'_>, value_and_slope: impl Fn(f32) -> (f32, f32)) -> f32 {
     let InnerRow { gate, up, inner, weight } = row;
     let mut dweight = [0.0f32; LANES];
-    let chunks = gate.chunks_mut(LANES).zip(up.chunks_mut(LANES)).zip(inner.chunks_mut(LANES));
-    for ((gate, up), inner) in chunks {
+    let mut run = |gate: &mut [f32], up: &mut [f32], inner: &mut [f32]| {
         let values = gate.iter_mut().zip(up).zip(inner).zip(&mut dweight);
         for (((gate, up), inner), dweight) in values {
             let (value, slope) = value_and_slope(*gate);
@@ -275,6 +302,13 @@ fn differentiate_with(row: InnerRow<'_>, value_and_slope: impl Fn(f32) -> (f32, 
             *gate = gradient * *up * slope;
             *up = gradient * value;
         }
+    };
+    let (gates, gate_tail) = gate.as_chunks_mut::<LANES>();
+    let (ups, up_tail) = up.as_chunks_mut::<LANES>();
+    let (inners, inner_tail) = inner.as_chunks_mut::<LANES>();
+    for ((gate, up), inner) in gates.iter_mut().zip(ups).zip(inners) {
+        run(gate, up, inner);
     }
+    run(gate_tail, up_tail, inner_tail);
     reduce(dweight)
 }

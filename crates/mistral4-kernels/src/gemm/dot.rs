@@ -12,7 +12,7 @@ const LANES: usize = 16;
 
 /// Left rows up to which dot products in place beat packing.
 pub(crate) fn few_rows<X: Element, W: Element>(isa: Isa) -> usize {
-    if pairs::<X, W>(isa) { 12 } else { 3 }
+    if pairs::<X, W>(isa) { 6 } else { 3 }
 }
 
 /// Rows of a matrix, `stride` apart.
@@ -84,19 +84,20 @@ per_isa! {
 
 #[inline(always)]
 fn dot_four_body<W: Element, const FMA: bool>(x: &[f32], w: [&[W]; ROWS]) -> [f32; ROWS] {
-    let mut sums = [[0.0f32; LANES]; ROWS];
     let (chunks, tail) = x.as_chunks::<LANES>();
     let split = chunks.len() * LANES;
-    let heads = w.map(|w| w[..split].as_chunks::<LANES>().0);
-    for (c, x) in chunks.iter().enumerate() {
-        for (sums, w) in sums.iter_mut().zip(&heads) {
-            for ((sum, x), w) in sums.iter_mut().zip(x).zip(&w[c]) {
-                *sum = mul_add::<FMA>(*x, w.to_f32(), *sum);
-            }
+    let [w0, w1, w2, w3] = w.map(|w| w[..split].as_chunks::<LANES>().0);
+    let [mut s0, mut s1, mut s2, mut s3] = [[0.0f32; LANES]; ROWS];
+    for ((((x, w0), w1), w2), w3) in chunks.iter().zip(w0).zip(w1).zip(w2).zip(w3) {
+        for i in 0..LANES {
+            s0[i] = mul_add::<FMA>(x[i], w0[i].to_f32(), s0[i]);
+            s1[i] = mul_add::<FMA>(x[i], w1[i].to_f32(), s1[i]);
+            s2[i] = mul_add::<FMA>(x[i], w2[i].to_f32(), s2[i]);
+            s3[i] = mul_add::<FMA>(x[i], w3[i].to_f32(), s3[i]);
         }
     }
     let mut out = [0.0; ROWS];
-    for ((out, sums), w) in out.iter_mut().zip(sums).zip(w) {
+    for ((out, sums), w) in out.iter_mut().zip([s0, s1, s2, s3]).zip(w) {
         let rest: f32 = tail.iter().zip(&w[split..]).map(|(x, w)| x * w.to_f32()).sum();
         *out = sums.iter().sum::<f32>() + rest;
     }

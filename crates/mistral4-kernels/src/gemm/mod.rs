@@ -80,14 +80,30 @@ impl<'a, T> Matrix<'a, T> {
 }
 
 impl<T: Element> Matrix<'_, T> {
-    /// Packs rows of a left operand as one tile.
-    fn pack_left<P: Panel>(&self, isa: Isa, rows: Range<usize>, depth: usize, out: &mut [P]) {
-        let height = rows.len();
-        let base = &self.data[rows.start * self.row_stride..];
+    /// Packs neighbouring tiles of a left operand, `[tiles][steps, height]`.
+    fn pack_left<P: Panel>(&self, isa: Isa, tiles: &[Range<usize>], depth: usize, out: &mut [P]) {
+        /// Where columns are contiguous, this many of them are packed for all tiles before the next, so that
+        /// the tiles share cache lines.
+        const COLUMNS: usize = 64;
+        let steps = depth.div_ceil(P::STEP);
+        let start = tiles.first().map_or(0, |tile| tile.start);
         if self.col_stride == 1 {
-            pack_lanes(isa, depth, [height, height], |i| &base[i * self.row_stride..], out);
-        } else {
-            pack_rows(isa, depth, [height, height], |k| &base[k * self.col_stride..], out);
+            for tile in tiles {
+                let base = &self.data[tile.start * self.row_stride..];
+                let out = &mut out[(tile.start - start) * steps..(tile.end - start) * steps];
+                let row = |i: usize| &base[i * self.row_stride..];
+                pack_lanes(isa, depth, [tile.len(), tile.len()], row, out);
+            }
+            return;
+        }
+        for first in (0..depth).step_by(COLUMNS) {
+            let columns = COLUMNS.min(depth - first);
+            for tile in tiles {
+                let base = &self.data[tile.start * self.row_stride + first * self.col_stride..];
+                let at = (tile.start - start) * steps + first / P::STEP * tile.len();
+                let out = &mut out[at..at + columns.div_ceil(P::STEP) * tile.len()];
+                pack_rows(isa, columns, [tile.len(), tile.len()], |k| &base[k * self.col_stride..], out);
+            }
         }
     }
 
@@ -202,11 +218,11 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     let shared = Shared::new(&mut left);
     let tiles: Vec<Range<usize>> = (0..parts).flat_map(|part| tiles(part_rows(part))).collect();
     parallel::for_each_chunk(tiles.len(), 8, |chunk| {
-        for rows in &tiles[chunk] {
-            // SAFETY: tiles are disjoint ranges of rows.
-            let out = unsafe { shared.slice(rows.start * steps..rows.end * steps) };
-            a.pack_left(isa, rows.clone(), k, out);
-        }
+        let tiles = &tiles[chunk];
+        let rows = tiles[0].start..tiles[tiles.len() - 1].end;
+        // SAFETY: tiles are disjoint ranges of rows.
+        let out = unsafe { shared.slice(rows.start * steps..rows.end * steps) };
+        a.pack_left(isa, tiles, k, out);
     });
     let (left, stride, c) = (&*left, c.row_stride, Shared::new(c.data));
     parallel::for_each(column_tasks * parts, |task| {
@@ -224,7 +240,7 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
 }
 
 /// Tasks that give every thread several.
-fn task_target() -> usize {
+pub(crate) fn task_target() -> usize {
     4 * rayon::current_num_threads()
 }
 

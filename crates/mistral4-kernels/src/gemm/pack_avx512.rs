@@ -6,6 +6,11 @@ use std::arch::x86_64::*;
 /// Steps, and lanes, handled at once.
 const N: usize = 16;
 
+/// Bytes by which a lane is fetched ahead of its use.
+const LANE_AHEAD: usize = 512;
+/// Rows by which rows are fetched ahead of their use.
+const ROWS_AHEAD: usize = 16;
+
 /// The lowest `count` bits, at most 16.
 #[inline(always)]
 fn mask16(count: usize) -> u16 {
@@ -127,8 +132,12 @@ pub(super) unsafe fn pack_lanes<P: Panel, T: Element>(
             let mut rows = [_mm512_setzero_si512(); N];
             for (i, row) in rows.iter_mut().enumerate() {
                 if i < used {
-                    // SAFETY: `depth - element` elements remain in the lane.
-                    *row = unsafe { load_steps::<P, T>(sources[i].add(element), depth - element) };
+                    // SAFETY: `depth - element` elements remain in the lane; a prefetch may point anywhere.
+                    unsafe {
+                        let ahead = sources[i].wrapping_add(element).wrapping_byte_add(LANE_AHEAD);
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                        *row = load_steps::<P, T>(sources[i].add(element), depth - element);
+                    }
                 }
             }
             let columns = transpose(rows);
@@ -165,6 +174,14 @@ pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
         let k = step * P::STEP;
         let first = row(k);
         let second = if k + 1 < depth { row(k + 1) } else { first };
+        if k + ROWS_AHEAD + P::STEP <= depth {
+            for ahead in 0..P::STEP {
+                let ahead = row(k + ROWS_AHEAD + ahead);
+                for line in (0..lanes).step_by(64 / size_of::<T>()) {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast());
+                }
+            }
+        }
         for group in (0..width).step_by(N) {
             let count = lanes.saturating_sub(group);
             // SAFETY: masks cover readable and writable elements only.
