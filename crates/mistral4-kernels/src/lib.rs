@@ -19,6 +19,7 @@ mod loss;
 mod norm;
 mod optimizer;
 mod parallel;
+mod peaks;
 mod rope;
 mod router;
 mod scratch;
@@ -38,6 +39,7 @@ pub use isa::{Isa, IsaError};
 pub use loss::{IGNORE_INDEX, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, linear_cross_entropy};
 pub use norm::{RmsNormSaved, rms_norm, rms_norm_backward};
 pub use optimizer::{AdamW, AdamWState, adamw_step, adamw_step_master, scale, sum_of_squares};
+pub use peaks::{peak_bf16_gflops, peak_f32_gflops, read_bandwidth};
 pub use rope::{RopeDims, rope, rope_backward};
 pub use router::{RouterDims, Routing, RoutingGrads, route, route_backward};
 

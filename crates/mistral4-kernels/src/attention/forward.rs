@@ -1,5 +1,6 @@
 //! Attention forward with an online softmax.
 use super::blocks::{self, KEYS, Lanes, key_blocks, lanes_panel, multiply, scores_panel};
+use super::few::{forward_few, is_few};
 use super::{Attention, Segment};
 use crate::element::Element;
 use crate::gemm::{Bf16Pair, NR, Panel, pairs};
@@ -62,34 +63,35 @@ fn pack<P: Panel, T: Element>(
 
 fn forward<P: Panel, T: Element>(isa: Isa, input: &Attention<'_, T>, out: &mut [T], lse: &mut [f32]) {
     let kv_heads = input.dims.kv_heads;
+    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    let (few, segments): (Vec<_>, Vec<_>) =
+        input.segments.iter().partition(|segment| is_few(segment, input.group()));
+    forward_few::<P, T>(isa, input, &few, out, lse);
+
     let mut packed: Vec<Option<Packed<P>>> = Vec::new();
-    packed.resize_with(input.segments.len() * kv_heads, || None);
+    packed.resize_with(segments.len() * kv_heads, || None);
     let shared = Shared::new(&mut packed);
-    parallel::for_each(input.segments.len() * kv_heads, |i| {
+    parallel::for_each(segments.len() * kv_heads, |i| {
         // SAFETY: each task owns one entry.
-        unsafe {
-            shared.slice(i..i + 1)[0] = Some(pack(isa, input, &input.segments[i / kv_heads], i % kv_heads))
-        };
+        unsafe { shared.slice(i..i + 1)[0] = Some(pack(isa, input, segments[i / kv_heads], i % kv_heads)) };
     });
     let mut tasks = Vec::new();
-    for (s, segment) in input.segments.iter().enumerate() {
+    for (s, segment) in segments.iter().enumerate() {
         for kv_head in 0..kv_heads {
             tasks.extend((0..Lanes::blocks(segment, input.group())).map(|block| (s, kv_head, block)));
         }
     }
-    let (out, lse) = (Shared::new(out), Shared::new(lse));
     parallel::for_each(tasks.len(), |task| {
         let (s, kv_head, block) = tasks[task];
-        let lanes = Lanes::new(&input.segments[s], input.group(), kv_head, block);
+        let lanes = Lanes::new(segments[s], input.group(), kv_head, block);
         if let Some(packed) = &packed[s * kv_heads + kv_head] {
-            let keys = input.segments[s].k.len();
-            lane_block(isa, input, packed, keys, &lanes, out, lse);
+            lane_block(isa, input, packed, segments[s].k.len(), &lanes, out, lse);
         }
     });
 }
 
 /// Running softmax of each lane.
-pub(super) struct Softmax {
+struct Softmax {
     max: [f32; NR],
     sum: [f32; NR],
     /// Factor on what was summed before the last block.

@@ -6,6 +6,7 @@
 //! with the values.
 mod backward;
 mod blocks;
+mod few;
 mod forward;
 
 pub use backward::{AttentionGrads, AttentionSaved, attention_backward};

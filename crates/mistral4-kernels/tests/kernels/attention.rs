@@ -75,6 +75,9 @@ fn cases<T: Element>() {
     Case::<T>::new(dims(4, 2, 33, 41), 50, 210, whole(50, 210, Some(160))).compare();
     Case::<T>::new(dims(6, 1, 20, 12), 3, 130, whole(3, 130, Some(127))).compare();
     Case::<T>::new(dims(2, 2, 16, 8), 20, 9, whole(20, 9, None)).compare();
+    // Few queries, keys in several splits, the last ones hidden from the first query.
+    Case::<T>::new(dims(8, 2, 33, 41), 4, 700, whole(4, 700, Some(510))).compare();
+    Case::<T>::new(dims(33, 1, 20, 12), 1, 300, whole(1, 300, None)).compare();
     // Early queries see nothing (offset below zero), late ones see everything.
     Case::<T>::new(dims(2, 1, 16, 8), 20, 9, whole(20, 9, Some(-5))).compare();
     // Packed sequences, a gap in the queries, keys shared by two segments, no keys at all.

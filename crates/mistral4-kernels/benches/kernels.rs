@@ -1,0 +1,170 @@
+//! Timings of the heavy kernels at the sizes of a small and a medium model.
+//!
+//! Throughput is in floating-point operations per second, except for `matvec` and the decoding cases, which
+//! memory limits: there it is bytes of weights (or cache) per second. `MISTRAL4_ISA` picks an instruction set,
+//! `RAYON_NUM_THREADS` the threads. The machine's peaks are printed first.
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use mistral4_kernels::{
+    Activation, Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, ExpertDims, ExpertGrads,
+    Experts, LinearDims, Segment, attention, attention_backward, bf16, linear, linear_backward_input,
+    linear_backward_weight, moe_experts, moe_experts_backward, peak_bf16_gflops, peak_f32_gflops,
+    read_bandwidth,
+};
+use std::time::Duration;
+
+fn values<T: Element>(len: usize) -> Vec<T> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..len).map(|_| T::from_f32(next())).collect()
+}
+
+fn name<T: Element>() -> &'static str {
+    if T::IS_BF16 { "bf16" } else { "f32" }
+}
+
+fn gemm<T: Element>(c: &mut Criterion) {
+    let mut group = c.benchmark_group(format!("gemm/{}", name::<T>()));
+    for (rows, outputs, inputs) in
+        [(512, 1024, 1024), (512, 4096, 1024), (512, 1024, 4096), (512, 4096, 4096)]
+    {
+        let dims = LinearDims { rows, inputs, outputs };
+        let (x, w) = (values::<T>(rows * inputs), values::<T>(outputs * inputs));
+        let (mut y, mut dx, mut dw) = (values::<T>(rows * outputs), x.clone(), w.clone());
+        group.throughput(Throughput::Elements(2 * (rows * inputs * outputs) as u64));
+        let id = |pass: &str| BenchmarkId::new(pass, format!("{rows}x{outputs}x{inputs}"));
+        group.bench_function(id("forward"), |b| b.iter(|| linear(dims, &x, &w, &mut y)));
+        group.bench_function(id("input"), |b| {
+            b.iter(|| linear_backward_input(dims, &y, &w, &mut dx, false));
+        });
+        group.bench_function(id("weight"), |b| {
+            b.iter(|| linear_backward_weight(dims, &y, &x, &mut dw, false));
+        });
+    }
+}
+
+fn matvec<T: Element>(c: &mut Criterion) {
+    let mut group = c.benchmark_group(format!("matvec/{}", name::<T>()));
+    let (outputs, inputs) = (8192, 4096);
+    let w = values::<T>(outputs * inputs);
+    for rows in [1, 2, 4, 8, 16] {
+        let dims = LinearDims { rows, inputs, outputs };
+        let (x, mut y) = (values::<T>(rows * inputs), values::<T>(rows * outputs));
+        group.throughput(Throughput::Bytes((outputs * inputs * size_of::<T>()) as u64));
+        group.bench_function(BenchmarkId::from_parameter(rows), |b| b.iter(|| linear(dims, &x, &w, &mut y)));
+    }
+}
+
+fn experts(c: &mut Criterion) {
+    let mut group = c.benchmark_group("experts/bf16");
+    for (size, experts, hidden, inter) in [("small", 32, 512, 256), ("medium", 64, 1024, 512)] {
+        let gate_up = values::<bf16>(experts * 2 * inter * hidden);
+        let down = values::<bf16>(experts * hidden * inter);
+        for tokens in [1, 512] {
+            let dims = ExpertDims { tokens, top_k: 4, experts, hidden, inter };
+            let x = values::<bf16>(tokens * hidden);
+            // Four experts for each token, spread by a multiplicative hash.
+            let expert = |i: usize| ((i / 4 * 2_654_435_761) >> 7).wrapping_add(i % 4 * 7) % experts;
+            let indices: Vec<i32> = (0..tokens * 4).map(|i| expert(i) as i32).collect();
+            let weights = vec![0.25; indices.len()];
+            let input = Experts {
+                dims,
+                activation: Activation::Silu,
+                x: &x[..],
+                indices: &indices[..],
+                weights: &weights,
+                gate_up: &gate_up[..],
+                down: &down[..],
+            };
+            let mut out = x.clone();
+            let products = (tokens * 4 * 3 * hidden * inter) as u64;
+            let bytes = Throughput::Bytes(2 * products);
+            group.throughput(if tokens == 1 { bytes } else { Throughput::Elements(2 * products) });
+            group.bench_function(BenchmarkId::new(format!("forward/{size}"), tokens), |b| {
+                b.iter(|| moe_experts(&input, &mut out));
+            });
+            if tokens > 1 {
+                let (mut dx, mut dweights) = (x.clone(), weights.clone());
+                let (mut dgate_up, mut ddown) = (gate_up.clone(), down.clone());
+                group.throughput(Throughput::Elements(2 * products * 8 / 3));
+                group.bench_function(BenchmarkId::new(format!("backward/{size}"), tokens), |b| {
+                    b.iter(|| {
+                        let grads = ExpertGrads {
+                            x: Some(&mut dx[..]),
+                            weights: Some(&mut dweights[..]),
+                            gate_up: Some(&mut dgate_up[..]),
+                            down: Some(&mut ddown[..]),
+                        };
+                        moe_experts_backward(&input, &x, grads);
+                    });
+                });
+            }
+        }
+    }
+}
+
+fn attentions(c: &mut Criterion) {
+    let mut group = c.benchmark_group("attention/bf16");
+    for tokens in [512, 2048] {
+        let (heads, width) = (16, 128);
+        let [q, k, v] = [(); 3].map(|()| values::<bf16>(tokens * heads * width));
+        let segments = [Segment { q: 0..tokens, k: 0..tokens, causal: Some(0) }];
+        let dims = AttentionDims::contiguous(heads, heads, width, width);
+        let input = Attention { dims, q: &q, k: &k, v: &v, segments: &segments, scale: 0.1 };
+        let (mut out, mut lse) = (q.clone(), vec![0.0; tokens * heads]);
+        let operations = (2 * tokens * (tokens + 1) * heads * width) as u64;
+        group.throughput(Throughput::Elements(operations));
+        group.bench_function(BenchmarkId::new("forward", tokens), |b| {
+            b.iter(|| attention(&input, &mut out, &mut lse));
+        });
+        let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+        group.throughput(Throughput::Elements(operations * 5 / 2));
+        group.bench_function(BenchmarkId::new("backward", tokens), |b| {
+            b.iter(|| {
+                let grads = AttentionGrads { q: &mut dq, k: &mut dk, v: &mut dv };
+                attention_backward(&input, AttentionSaved { out: &out, lse: &lse }, &q, grads);
+            });
+        });
+    }
+    // Latent attention of one new token: 16 heads share a cache of 256 + 64 numbers a position.
+    for keys in [512, 8192] {
+        let dims = AttentionDims { v_stride: 320, ..AttentionDims::contiguous(16, 1, 320, 256) };
+        let (q, cache) = (values::<bf16>(16 * 320), values::<bf16>(keys * 320));
+        let segments = [Segment { q: 0..1, k: 0..keys, causal: None }];
+        let input = Attention { dims, q: &q, k: &cache, v: &cache, segments: &segments, scale: 0.1 };
+        let (mut out, mut lse) = (values::<bf16>(16 * 256), vec![0.0; 16]);
+        group.throughput(Throughput::Bytes((keys * 320 * 2) as u64));
+        group.bench_function(BenchmarkId::new("decode", keys), |b| {
+            b.iter(|| attention(&input, &mut out, &mut lse));
+        });
+    }
+}
+
+fn kernels(c: &mut Criterion) {
+    println!(
+        "peaks: {:.0} GFLOP/s bf16, {:.0} GFLOP/s f32, {:.1} GB/s read",
+        peak_bf16_gflops(),
+        peak_f32_gflops(),
+        read_bandwidth()
+    );
+    gemm::<bf16>(c);
+    gemm::<f32>(c);
+    matvec::<bf16>(c);
+    matvec::<f32>(c);
+    experts(c);
+    attentions(c);
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = kernels
+}
+criterion_main!(benches);
