@@ -13,6 +13,9 @@ use crate::scratch::{self, Scratch};
 use crate::vector::{LANES, erf, exp, per_isa, reduce, sigmoid, tanh};
 use std::ops::Range;
 
+/// Panels of one task where weights are read along their rows: long pieces, so that memory delivers fast.
+const WIDE: usize = 16;
+
 /// Where [`moe_experts_backward`] writes gradients; those that are `None` are not computed.
 #[derive(Debug)]
 pub struct ExpertGrads<'a, X, W> {
@@ -82,7 +85,7 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
             isa,
             &groups,
             &dout,
-            [hidden, inter, task_columns(inter)],
+            [hidden, inter, task_columns(inter, WIDE)],
             |expert, cols, depth, right| {
                 let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
                 pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
@@ -97,7 +100,7 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
             isa,
             &groups,
             dx,
-            [hidden, task_columns(hidden)],
+            [hidden, task_columns(hidden, WIDE)],
             |cols, add| {
                 let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
                     let row = |k: usize| &experts.gate_up_row(expert, depth.start + k)[cols.start..];

@@ -209,7 +209,7 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     let GemmDims { m, n, k } = dims;
     let steps = k.div_ceil(P::STEP);
     // Where rows of `b` are contiguous, long pieces of them are read at once.
-    let width = if b.row_stride == 1 { NR } else { task_columns(n) };
+    let width = if b.row_stride == 1 { NR } else { task_columns(n, 4) };
     let column_tasks = n.div_ceil(width);
     let parts = task_target().div_ceil(column_tasks.max(1)).min(m.div_ceil(MR)).max(m.div_ceil(PART_ROWS));
     let part_rows = |part: usize| m * part / parts..m * (part + 1) / parts;
@@ -244,9 +244,9 @@ pub(crate) fn task_target() -> usize {
     4 * rayon::current_num_threads()
 }
 
-/// Columns of one task: up to four panels, fewer when threads would run out of tasks.
-pub(crate) fn task_columns(columns: usize) -> usize {
-    NR * (columns / NR / task_target()).clamp(1, 4)
+/// Columns of one task: up to `panels` panels, fewer when threads would run out of tasks.
+pub(crate) fn task_columns(columns: usize, panels: usize) -> usize {
+    NR * (columns / NR / (2 * rayon::current_num_threads())).clamp(1, panels)
 }
 
 /// Splits `[panels, rows, NR]` sums of some columns into the columns and sums of each panel.
@@ -278,20 +278,20 @@ pub(crate) fn multiply_rows<P: Panel>(
     pack_right: impl Fn(Range<usize>, &mut [P]),
     sums: &mut [f32],
 ) {
-    /// Steps of one part of the summed axis: 32 KiB of right operand.
-    const BLOCK: usize = 256;
     if rows.is_empty() {
         return;
     }
     let panels = sums.len() / (rows.len() * NR);
+    // Steps of one part of the summed axis: 32 KiB of each panel, and 128 KiB of all.
+    let block = (1024 / panels.max(1)).clamp(16, 256);
     assert_eq!(sums.len(), panels * rows.len() * NR);
     let steps = depth.div_ceil(P::STEP);
     if steps == 0 {
         sums.fill(0.0);
     }
-    let mut right = scratch::take::<P>(panels * BLOCK.min(steps) * NR);
-    for first in (0..steps).step_by(BLOCK) {
-        let count = BLOCK.min(steps - first);
+    let mut right = scratch::take::<P>(panels * block.min(steps) * NR);
+    for first in (0..steps).step_by(block) {
+        let count = block.min(steps - first);
         let right = &mut right[..panels * count * NR];
         pack_right(first * P::STEP..((first + count) * P::STEP).min(depth), right);
         for (right, sums) in right.chunks_exact(count * NR).zip(sums.chunks_exact_mut(rows.len() * NR)) {
