@@ -120,8 +120,7 @@ impl<T: Element> Backward<'_, T> {
     /// All segments of one key-value head, one after the other.
     fn kv_head<P: Panel>(&self, isa: Isa, kv_head: usize) {
         let dims = self.input.dims;
-        // Sums have rows padded to whole panels.
-        let (dk_width, dv_width) = (dims.head_dim.next_multiple_of(NR), dims.value_dim.next_multiple_of(NR));
+        let (dk_width, dv_width) = (padded(dims.head_dim), padded(dims.value_dim));
         let mut dk = scratch::zeros(self.key_rows * dk_width);
         let mut dv = scratch::zeros(self.key_rows * dv_width);
         for segment in self.input.segments {
@@ -192,13 +191,8 @@ impl<T: Element> Backward<'_, T> {
             multiply(isa, values, count, &douts, ds, false);
             score_gradients(isa, p, ds, &delta, self.input.scale);
 
-            add_lanes_product::<P>(isa, p, &dout_columns, &mut dv[block.start * dv_stride(dims.value_dim)..]);
-            add_lanes_product::<P>(
-                isa,
-                ds,
-                &query_columns,
-                &mut dk[block.start * dv_stride(dims.head_dim)..],
-            );
+            add_lanes_product::<P>(isa, p, &dout_columns, &mut dv[block.start * padded(dims.value_dim)..]);
+            add_lanes_product::<P>(isa, ds, &query_columns, &mut dk[block.start * padded(dims.head_dim)..]);
             let columns = &packed.keys_columns
                 [block.start / P::STEP * dims.head_dim..block.end.div_ceil(P::STEP) * dims.head_dim];
             multiply(isa, columns, dims.head_dim, &scores_panel::<P>(isa, ds), &mut dq, true);
@@ -215,7 +209,8 @@ impl<T: Element> Backward<'_, T> {
     }
 }
 
-fn dv_stride(width: usize) -> usize {
+/// Distance between rows of sums, which are padded to whole panels.
+fn padded(width: usize) -> usize {
     width.next_multiple_of(NR)
 }
 

@@ -330,6 +330,7 @@ pub(crate) unsafe fn write_rows<C: Element>(
 }
 
 per_isa! {
+    /// Only for [`write_rows`], whose caller owns the rectangle.
     fn write<C: Element>(sums: &[f32], c: Shared<'_, C>, target: Target, accumulate: bool) = write_body;
 }
 

@@ -5,7 +5,7 @@ use mistral4_kernels::{
     linear_backward_weight, reference,
 };
 
-const SIZES: [[usize; 3]; 12] = [
+const SIZES: [[usize; 3]; 14] = [
     [1, 1, 1],
     [1, 33, 7],
     [2, 64, 128],
@@ -18,6 +18,8 @@ const SIZES: [[usize; 3]; 12] = [
     [25, 70, 19],
     [64, 5, 301],
     [100, 65, 2],
+    [15, 300, 1100],
+    [3, 70, 530],
 ];
 
 fn layouts<A: Element, B: Element, C: Element>() {
