@@ -2,7 +2,7 @@
 //!
 //! Every operation is a free function on slices, with its sizes passed in and its outputs passed as
 //! `&mut` slices that it overwrites. `<op>_backward` takes the inputs of `<op>` and the gradient of its
-//! output. [`reference`] holds a plain twin of each, which the tests compare against.
+//! output. [`mod@reference`] holds a plain twin of each, which the tests compare against.
 //!
 //! Shape letters: T tokens, D hidden, N heads, H head dim, E experts, K experts per token, F expert inner
 //! size, V vocabulary. All matrices are row-major and contiguous unless a stride is named.

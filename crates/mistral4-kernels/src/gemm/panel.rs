@@ -49,11 +49,9 @@ pub(crate) trait Panel: Plain + Default + Send + Sync + 'static {
 }
 
 /// Checks the shapes that every tile kernel relies on.
-fn steps_of<P>(rows: usize, a: &[P], b: &[P]) -> usize {
+fn check<P>(rows: usize, a: &[P], b: &[P]) {
     assert!((1..=MR).contains(&rows));
-    let steps = b.len() / NR;
-    assert!(b.len() == steps * NR && a.len() == steps * rows);
-    steps
+    assert!(b.len().is_multiple_of(NR) && a.len() == b.len() / NR * rows);
 }
 
 impl Panel for f32 {
@@ -65,16 +63,16 @@ impl Panel for f32 {
     }
 
     unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut) {
-        let steps = steps_of(rows, a, b);
+        check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: shapes are checked above, `out` by the caller, instructions by `Isa`.
             Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
-                avx512::tile_f32(rows, steps, a.as_ptr(), b.as_ptr(), out);
+                avx512::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out);
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2::tile_f32(rows, steps, a.as_ptr(), b.as_ptr(), out) },
+            Isa::Avx2 => unsafe { avx2::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out) },
             // SAFETY: as above.
             _ => unsafe { portable::tile_f32(rows, a, b, out) },
         }
@@ -91,12 +89,12 @@ impl Panel for Bf16Pair {
     }
 
     unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut) {
-        let steps = steps_of(rows, a, b);
+        check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: shapes are checked above, `out` by the caller, instructions by `Isa`.
             Isa::Avx512Bf16 => unsafe {
-                avx512::tile_bf16(rows, steps, a.as_ptr(), b.as_ptr(), out);
+                avx512::tile_bf16(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out);
             },
             // SAFETY: as above.
             _ => unsafe { portable::tile_bf16(rows, a, b, out) },
