@@ -1,0 +1,173 @@
+//! The command line.
+
+use std::ffi::OsString;
+
+use clap::builder::PossibleValue;
+use clap::error::ErrorKind as ClapErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use mistral4_checkpoint::config::{ConfigOptions, SoftmaxScalePolicy};
+use mistral4_checkpoint::weights::DType;
+
+use crate::commands;
+use crate::device::DeviceChoice;
+use crate::error::Error;
+use crate::stdout;
+
+/// The Mistral 4 model family in Rust: train, generate, chat, convert, inspect, compare, measure.
+#[derive(Debug, Parser)]
+#[command(name = "mistral4", version, max_term_width = 100, subcommand_required = true)]
+pub struct Arguments {
+    /// Threads for CPU work; by default one a core, or what RAYON_NUM_THREADS says
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// A command with its arguments.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a small multimodal model from scratch on bundled images, and ask it about one
+    Quickstart(commands::quickstart::QuickstartArguments),
+    /// Run a training recipe
+    Train(commands::train::TrainArguments),
+    /// Continue a prompt or answer a conversation
+    Generate(commands::generate::GenerateArguments),
+    /// Talk to a model
+    Chat(commands::chat::ChatArguments),
+    /// Show the token ids of a text or a conversation
+    Tokenize(commands::tokenize::TokenizeArguments),
+    /// Run one forward (and backward) pass on tensors of a file, to compare implementations
+    Forward(commands::forward::ForwardArguments),
+    /// Show what a checkpoint or a configuration is
+    Inspect(commands::inspect::InspectArguments),
+    /// Write a checkpoint in another form or number format
+    Convert(commands::convert::ConvertArguments),
+    /// Write a checkpoint with random weights
+    Init(commands::init::InitArguments),
+    /// Measure speed and memory with random weights
+    Bench(commands::bench::BenchArguments),
+}
+
+/// Number formats for computing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatDType {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FloatDType {
+    /// The same format in the libraries.
+    pub fn dtype(self) -> DType {
+        match self {
+            FloatDType::F32 => DType::F32,
+            FloatDType::Bf16 => DType::BF16,
+        }
+    }
+
+    /// The format's name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            FloatDType::F32 => "f32",
+            FloatDType::Bf16 => "bf16",
+        }
+    }
+}
+
+impl ValueEnum for FloatDType {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[FloatDType::F32, FloatDType::Bf16]
+    }
+
+    // Written by hand, since derived values carry their documentation into a page-long help.
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}
+
+/// Where and how to compute.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct ComputeArguments {
+    /// flex (the CPU), vulkan, cuda[:N], metal or rocm
+    #[arg(long, value_name = "DEVICE", default_value = "flex")]
+    pub device: DeviceChoice,
+}
+
+/// Which model, and how it is read.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArguments {
+    /// Checkpoint folder, or an id of the Hugging Face hub
+    #[arg(long, value_name = "DIR")]
+    pub model: String,
+    /// Softmax scale, whatever the model's configuration says: standard or yarn-mscale
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
+    pub softmax_scale: Option<SoftmaxScalePolicy>,
+    /// Where to compute.
+    #[command(flatten)]
+    pub compute: ComputeArguments,
+}
+
+impl ModelArguments {
+    /// The choices that win over the configuration.
+    pub fn config_options(&self) -> ConfigOptions {
+        ConfigOptions { softmax_scale: self.softmax_scale }
+    }
+}
+
+pub(crate) fn parse_policy(text: &str) -> Result<SoftmaxScalePolicy, String> {
+    SoftmaxScalePolicy::from_name(text).ok_or_else(|| "use standard or yarn-mscale".to_owned())
+}
+
+/// Why there is no command to run.
+pub(crate) enum Stop {
+    /// Help or version was asked for: print this and leave.
+    Text(String),
+    /// The command line is wrong.
+    Usage(Error),
+}
+
+/// Reads the command line.
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, Stop> {
+    let mut command = Arguments::command();
+    let matches = command.try_get_matches_from_mut(arguments);
+    matches.and_then(|matches| Arguments::from_arg_matches(&matches)).map_err(stop)
+}
+
+fn stop(error: clap::Error) -> Stop {
+    use ClapErrorKind as K;
+    match error.kind() {
+        K::DisplayHelp | K::DisplayVersion | K::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let text = error.render();
+            Stop::Text(if stdout::is_styled() { text.ansi().to_string() } else { text.to_string() })
+        }
+        _ => Stop::Usage(usage_error(&error.render().to_string())),
+    }
+}
+
+/// One chain and one hint out of clap's paragraphs.
+fn usage_error(text: &str) -> Error {
+    let mut paragraphs = text.split("\n\n");
+    let first: Vec<&str> = paragraphs.next().unwrap_or_default().lines().map(str::trim).collect();
+    let message = first.join(" ");
+    let message = message.strip_prefix("error: ").unwrap_or(&message).to_owned();
+    let rest = || text.lines().map(str::trim);
+    let tip = rest().find_map(|line| line.strip_prefix("tip: ")).map(str::to_owned);
+    let usage = rest().find_map(|line| line.strip_prefix("Usage: ")).map(|usage| {
+        let words = usage.split_whitespace().take_while(|word| !word.starts_with(['-', '[', '<']));
+        format!("see `{} --help`", words.collect::<Vec<_>>().join(" "))
+    });
+    Error::input(message, tip.or(usage).unwrap_or_else(|| "see `mistral4 --help`".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

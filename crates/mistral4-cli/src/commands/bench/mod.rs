@@ -1,0 +1,261 @@
+//! `mistral4 bench`: speed and memory with random weights.
+
+mod work;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
+use mistral4::Mistral4;
+use mistral4::model::moe::MoeOptions;
+use mistral4::weights::InitialSource;
+use mistral4_checkpoint::config::ConfigOptions;
+use serde::Serialize;
+
+use self::work::Work;
+use super::init::read_config;
+use crate::arguments::{ComputeArguments, FloatDType};
+use crate::error::Result;
+use crate::{format, stdout};
+
+/// Arguments of `mistral4 bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Random weights, random tokens, text only. One pass to warm up, then the median of --repetitions.
+  prefill  a pass over BATCH rows of TOKENS tokens into an empty cache, logits of the last position
+  decode   --new-tokens steps of one token a row after a prompt of TOKENS; the prompt is not timed
+  train    forward, backward and AdamW over BATCH rows of TOKENS tokens
+Model FLOPs: 2 a token for each weight it is multiplied with (of the routed experts, those it is sent to; of the head,
+the positions with logits), and 2 heads (query-key width + value width) a token for each position it sees, a layer;
+three times that in training. Weight bytes of a decode step: every weight once, of the routed experts those that BATCH
+tokens reach when routing is even.")]
+pub struct BenchArguments {
+    /// Configuration of the model: a config.json or params.json
+    #[arg(long, value_name = "FILE", conflicts_with = "preset")]
+    pub config: Option<PathBuf>,
+    /// A configuration that comes with the program: tiny, small, medium
+    #[arg(long, value_name = "NAME", default_value = "small")]
+    pub preset: String,
+    /// What to measure
+    #[arg(long, value_enum, default_value = "prefill")]
+    pub mode: Mode,
+    /// Tokens of a row (in decode: of the prompt)
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: u32,
+    /// Rows
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Number format of the weights and activations
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: FloatDType,
+    /// Steps of decode
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub new_tokens: u32,
+    /// Measured repetitions
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repetitions: u32,
+    /// Seed of weights and tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Where to compute.
+    #[command(flatten)]
+    pub compute: ComputeArguments,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Reading a prompt.
+    Prefill,
+    /// Writing an answer.
+    Decode,
+    /// Optimizer steps.
+    Train,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Mode::Prefill => "prefill",
+            Mode::Decode => "decode",
+            Mode::Train => "train",
+        }
+    }
+}
+
+impl ValueEnum for Mode {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Mode::Prefill, Mode::Decode, Mode::Train]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}
+
+/// The result, with the keys of `--json`.
+#[derive(Debug, Serialize)]
+pub struct Measurement {
+    /// Name of the preset, or the configuration's file.
+    pub preset: String,
+    /// What was measured.
+    pub mode: Mode,
+    /// Number format.
+    pub dtype: &'static str,
+    /// Backend.
+    pub device: String,
+    /// Threads.
+    pub threads: usize,
+    /// Tokens of a row.
+    pub tokens: u32,
+    /// Rows.
+    pub batch: u32,
+    /// Tokens read, written or learned a second, over all rows.
+    pub tokens_per_s: f64,
+    /// Useful floating-point operations a second.
+    pub model_flops_per_s: f64,
+    /// Bytes of weights that decoding has to read, a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_bytes_per_s: Option<f64>,
+    /// Most memory the process has held; absent where the system does not tell.
+    pub peak_rss_bytes: Option<u64>,
+    /// Measured repetitions.
+    pub repetitions: u32,
+    /// Median duration of one.
+    pub median_s: f64,
+    /// Shortest and longest duration.
+    pub range_s: [f64; 2],
+    /// Tokens written a row in decode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_tokens: Option<u32>,
+    /// Instruction set of the CPU kernels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub isa: Option<String>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A configuration that cannot be used.
+pub fn run(arguments: &BenchArguments) -> Result<()> {
+    let result = measure(arguments)?;
+    if arguments.json { stdout::print_json(&result) } else { stdout::print(&describe(&result)) }
+}
+
+/// Measures.
+///
+/// # Errors
+/// A configuration that cannot be used.
+pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
+    let preset = arguments.config.is_none().then_some(arguments.preset.as_str());
+    let file = read_config(arguments.config.as_ref(), preset, &ConfigOptions::default())?.text_only();
+    let device = arguments.compute.device.open()?;
+    let dtype = arguments.dtype.dtype();
+    eprintln!("drawing random weights");
+    let source = InitialSource::new(&file.config, arguments.seed, dtype);
+    let model = Mistral4::new(&file.config, MoeOptions::default(), &source, &device)?;
+    let work = Work::new(arguments, &file.config);
+    let mut runner = work.runner(model, device);
+    let mut durations = Vec::new();
+    for repetition in 0..=arguments.repetitions {
+        runner.prepare()?;
+        let begin = Instant::now();
+        runner.run()?;
+        let seconds = begin.elapsed().as_secs_f64();
+        let label = match repetition {
+            0 => "warm-up".to_owned(),
+            n => format!("{n} of {}", arguments.repetitions),
+        };
+        eprintln!("{label}: {}", format::seconds(seconds));
+        if repetition > 0 {
+            durations.push(seconds);
+        }
+    }
+    durations.sort_by(f64::total_cmp);
+    let median = median(&durations);
+    let is_decode = arguments.mode == Mode::Decode;
+    Ok(Measurement {
+        preset: match &arguments.config {
+            Some(path) => path.display().to_string(),
+            None => arguments.preset.clone(),
+        },
+        mode: arguments.mode,
+        dtype: arguments.dtype.name(),
+        device: arguments.compute.device.to_string(),
+        threads: rayon::current_num_threads(),
+        tokens: arguments.tokens,
+        batch: arguments.batch,
+        tokens_per_s: work.tokens() as f64 / median,
+        model_flops_per_s: work.flops() / median,
+        weight_bytes_per_s: is_decode.then(|| work.weight_bytes() / median),
+        peak_rss_bytes: peak_rss(),
+        repetitions: arguments.repetitions,
+        median_s: median,
+        range_s: [durations[0], durations[durations.len() - 1]],
+        new_tokens: is_decode.then_some(arguments.new_tokens),
+        isa: arguments.compute.device.is_cpu().then(|| format!("{:?}", mistral4_kernels::Isa::best())),
+    })
+}
+
+/// Of sorted values.
+fn median(sorted: &[f64]) -> f64 {
+    let middle = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + sorted[middle]) / 2.0 } else { sorted[middle] }
+}
+
+/// The process's largest resident memory, as Linux counts it.
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+fn describe(result: &Measurement) -> String {
+    let Measurement { preset, mode, dtype, device, threads, tokens, batch, .. } = result;
+    let mode = mode.name();
+    let threads = if *threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
+    let mut text = format!("{preset}, {mode}, {dtype} on {device} ({threads}), {batch} x {tokens} tokens\n");
+    let mut line = |name: &str, value: String| text.push_str(&format!("  {name:14}  {value}\n"));
+    line(
+        "time",
+        format!(
+            "{} (median of {}, {} to {})",
+            format::seconds(result.median_s),
+            result.repetitions,
+            format::seconds(result.range_s[0]),
+            format::seconds(result.range_s[1])
+        ),
+    );
+    line("speed", format!("{:.1} tokens/s", result.tokens_per_s));
+    line("model FLOPs", format!("{}FLOP/s", format::rate(result.model_flops_per_s)));
+    if let Some(bytes) = result.weight_bytes_per_s {
+        line("weights read", format!("{}B/s", format::rate(bytes)));
+    }
+    if let Some(bytes) = result.peak_rss_bytes {
+        line("peak memory", format::bytes(bytes));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_count_lies_between() {
+        assert_eq!(median(&[1.0, 2.0, 4.0]), 2.0);
+        assert_eq!(median(&[1.0, 2.0, 4.0, 8.0]), 3.0);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn peak_memory_is_read() {
+        assert!(peak_rss().unwrap() > 1 << 20);
+    }
+}

@@ -1,0 +1,150 @@
+//! `mistral4 train`: runs a recipe.
+
+use std::io::{IsTerminal, stderr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use mistral4_train::recipe::{Recipe, parse_overrides};
+use mistral4_train::trainer::{self, Event, Run};
+
+use crate::arguments::ComputeArguments;
+use crate::error::{Error, Result};
+use crate::{curve, format, stdout};
+
+/// Arguments of `mistral4 train`.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "mistral4 train [OPTIONS] RECIPE.yaml [--a.b.c value]...",
+    after_help = "Options of the command stand before the recipe. What follows it overrides the recipe's keys:
+  mistral4 train recipe.yaml --step_scheduler.max_steps 100 --optimizer.lr=1e-4"
+)]
+pub struct TrainArguments {
+    /// Where to compute.
+    #[command(flatten)]
+    pub compute: ComputeArguments,
+    /// Show what each key of the recipe does here, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Recipe in NeMo AutoModel's section names
+    #[arg(value_name = "RECIPE.yaml")]
+    pub recipe: PathBuf,
+    /// Overrides: `--a.b.c value`, `--a.b.c=value`, or `--a.b.c` for true
+    #[arg(value_name = "OVERRIDES", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub overrides: Vec<String>,
+}
+
+/// Runs the command. Ctrl-C finishes the step under way, saves and leaves; a second one leaves at once.
+///
+/// # Errors
+/// A recipe, model or data set that cannot be used; a loss that is no number; a disk that fails.
+pub fn run(arguments: &TrainArguments) -> Result<()> {
+    let recipe = Recipe::load(&arguments.recipe, &parse_overrides(&arguments.overrides)?)?;
+    if arguments.dry_run {
+        stdout::print(&recipe.report.to_string())?;
+        return Ok(recipe.check_runnable()?);
+    }
+    let device = arguments.compute.device.open()?;
+    let interrupted = on_interrupt()?;
+    let mut watcher = Watcher::new(1);
+    let run = trainer::run(&recipe, &device, &interrupted, &mut |event| watcher.see(event))?;
+    drop(watcher);
+    summarise(&run)
+}
+
+/// A flag that Ctrl-C and the termination signal set; a second one ends the process.
+pub(super) fn on_interrupt() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&flag);
+    ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(1);
+        }
+        eprintln!("\nfinishing this step and saving; once more to leave at once");
+    })
+    .map_err(|error| {
+        Error::failed(format!("cannot watch for Ctrl-C: {error}"), "this is a defect; please report it")
+    })?;
+    Ok(flag)
+}
+
+/// The loss curve, and where everything is.
+pub(super) fn summarise(run: &Run) -> Result<()> {
+    let losses: Vec<f64> = run.steps.iter().map(|step| step.loss).collect();
+    let mut text = curve::draw("training loss over steps", &losses);
+    text.push_str(&format!("picture of the loss: {}\n", run.picture.display()));
+    match &run.checkpoint {
+        Some(path) => text.push_str(&format!("checkpoint: {}\n", path.display())),
+        None => text.push_str("no checkpoint was written (checkpoint.enabled is false)\n"),
+    }
+    if run.interrupted {
+        text.push_str("the run was stopped early\n");
+    }
+    stdout::print(&text)
+}
+
+/// Shows a run: a bar on a terminal, with a line for what matters; else a line for every `every` steps.
+pub(super) struct Watcher {
+    every: usize,
+    bar: Option<ProgressBar>,
+    last_step: usize,
+}
+
+impl Watcher {
+    pub(super) fn new(every: usize) -> Self {
+        Watcher { every, bar: None, last_step: 0 }
+    }
+
+    pub(super) fn see(&mut self, event: Event<'_>) {
+        match event {
+            Event::Started { total_steps, parameters: (trained, all) } => {
+                self.last_step = total_steps.saturating_sub(1);
+                self.line(&format!(
+                    "{total_steps} steps; training {} of {} parameters",
+                    format::count(trained as u64),
+                    format::count(all as u64)
+                ));
+                if stderr().is_terminal() {
+                    let bar = ProgressBar::new(total_steps as u64);
+                    let template = "[{bar:30}] {pos}/{len} {elapsed} (left {eta}) {msg}";
+                    let style = ProgressStyle::with_template(template).expect("the template is valid");
+                    bar.set_style(style.progress_chars("=> "));
+                    self.bar = Some(bar);
+                }
+            }
+            Event::Step(metrics) => match &self.bar {
+                Some(bar) => {
+                    bar.set_position(metrics.step as u64 + 1);
+                    bar.set_message(format!("loss {:.4}, {:.0} tokens/s", metrics.loss, metrics.tps));
+                }
+                None if metrics.step.is_multiple_of(self.every) || metrics.step == self.last_step => {
+                    eprintln!("{metrics}");
+                }
+                None => {}
+            },
+            Event::Validation { name, metrics } => self.line(&format!(
+                "step {} | validation ({name}): loss {:.4} over {} tokens",
+                metrics.step, metrics.val_loss, metrics.num_label_tokens
+            )),
+            Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::Note(text) => self.line(&format!("note: {text}")),
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! From `--model` to a model on a device.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use mistral4::Mistral4;
+use mistral4::model::moe::MoeOptions;
+use mistral4::weights::{CheckpointSource, ParameterSource};
+use mistral4_checkpoint::config::ConfigOptions;
+use mistral4_checkpoint::hub::{self, HubOptions};
+use mistral4_checkpoint::weights::{Checkpoint, DType, HostTensor, StoredDType};
+
+use crate::error::Result;
+use crate::format;
+use crate::progress::Progress;
+
+/// A model with the checkpoint that it came from.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The model, on its device.
+    pub model: Mistral4,
+    /// The opened checkpoint.
+    pub checkpoint: Checkpoint,
+    /// Format of the weights in memory.
+    pub dtype: DType,
+}
+
+/// The folder of a model, downloaded first if it is an id of the hub.
+///
+/// # Errors
+/// When there is neither such a folder nor such a model.
+pub(crate) fn model_folder(model: &str) -> Result<PathBuf> {
+    let mut last = String::new();
+    let folder = hub::resolve(model, &HubOptions::from_env(), &mut |event| match event {
+        hub::Progress::File { name, place: (place, files), bytes: (_, total) } => {
+            if last != name {
+                eprintln!("downloading {name} ({} of {files}, {})", place + 1, format::bytes(total));
+                last = name.to_owned();
+            }
+        }
+        hub::Progress::Cached { problem } => {
+            eprintln!("warning: the hub cannot be reached ({problem}); using the copy in the cache");
+        }
+    })?;
+    Ok(folder)
+}
+
+/// Opens a checkpoint and checks that it holds exactly the tensors of its model.
+///
+/// # Errors
+/// An unusable configuration, or everything that is missing, unknown or mis-shaped, in one error.
+pub(crate) fn open_checkpoint(folder: &Path, options: &ConfigOptions) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(folder, options)?;
+    for warning in &checkpoint.config_file().warnings {
+        eprintln!("warning: {warning}");
+    }
+    checkpoint.check(&checkpoint.tensors())?;
+    Ok(checkpoint)
+}
+
+/// Loads a model; without a `dtype`, in the format in which it is stored (FP8 becomes bf16).
+///
+/// # Errors
+/// As [`model_folder`] and [`open_checkpoint`], or when a tensor cannot be read.
+pub fn load_model(
+    model: &str,
+    dtype: Option<DType>,
+    options: &ConfigOptions,
+    device: &Device,
+) -> Result<Loaded> {
+    load_folder(&model_folder(model)?, dtype, options, device)
+}
+
+/// As [`load_model`], for a folder.
+///
+/// # Errors
+/// As [`open_checkpoint`], or when a tensor cannot be read.
+pub(crate) fn load_folder(
+    folder: &Path,
+    dtype: Option<DType>,
+    options: &ConfigOptions,
+    device: &Device,
+) -> Result<Loaded> {
+    let checkpoint = open_checkpoint(folder, options)?;
+    let dtype = dtype.unwrap_or_else(|| stored_dtype(&checkpoint));
+    let model = build(&checkpoint, dtype, device)?;
+    Ok(Loaded { model, checkpoint, dtype })
+}
+
+/// Builds the model of a checkpoint that has been checked.
+///
+/// # Errors
+/// When a tensor cannot be read.
+pub(crate) fn build(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Mistral4> {
+    let source = Counting {
+        source: CheckpointSource { checkpoint, dtype },
+        progress: Progress::new("loading weights", checkpoint.tensors().len() as u64),
+    };
+    Ok(Mistral4::new(checkpoint.config(), MoeOptions::default(), &source, device)?)
+}
+
+/// The format in which to hold weights that are stored so: f32 if the embeddings are, else bf16.
+pub(crate) fn stored_dtype(checkpoint: &Checkpoint) -> DType {
+    let embeddings = checkpoint.tensors().into_iter().find(|spec| spec.key.ends_with("embed_tokens.weight"));
+    match embeddings.and_then(|spec| checkpoint.stored_dtype(&spec.key)) {
+        Some(StoredDType::F32 | StoredDType::F64) => DType::F32,
+        _ => DType::BF16,
+    }
+}
+
+struct Counting<S> {
+    source: S,
+    progress: Progress,
+}
+
+impl<S: ParameterSource> ParameterSource for Counting<S> {
+    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
+        let tensor = self.source.tensor(key, shape, f32)?;
+        self.progress.advance(1);
+        Ok(tensor)
+    }
+}

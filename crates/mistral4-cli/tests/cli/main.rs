@@ -1,0 +1,5 @@
+//! The program as a user meets it: what it prints, what it writes, and how it ends.
+
+mod commands;
+mod errors;
+mod support;
