@@ -96,6 +96,10 @@ impl Gate {
         let mut weights = scores.clone().gather(1, indices.clone());
         if spec.norm_topk_prob {
             weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
+            if spec.top_k == 1 {
+                // A single weight is 1 whatever its score; the quotient's gradient would be rounding noise around 0.
+                weights = weights.detach();
+            }
         }
         let weights = weights * spec.routed_scaling_factor;
         let aux_loss = (spec.options.aux_loss_coeff > 0.0)
