@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests/golden/model"
 TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}
-# A gradient that is zero in theory is rounding noise in both; below this norm only its size counts.
-SMALLEST_NORM = 1e-5
+# A gradient that is zero in theory (the router's with one expert a token) is rounding noise, 4e-9 in the reference;
+# below this norm only its size counts.
+SMALLEST_NORM = 1e-4
 
 
 @dataclass
