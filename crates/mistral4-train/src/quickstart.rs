@@ -77,7 +77,10 @@ pub fn run(
         set("model.config", config.display().to_string()),
         set("checkpoint.checkpoint_dir", out.display().to_string()),
     ];
-    overrides.extend(steps.map(|steps| set("step_scheduler.max_steps", steps.to_string())));
+    if let Some(steps) = steps {
+        overrides.push(set("step_scheduler.max_steps", steps.to_string()));
+        overrides.push(set("lr_scheduler.lr_warmup_steps", (steps / 10).min(40).to_string()));
+    }
     overrides.extend(seed.map(|seed| set("rng.seed", seed.to_string())));
     let recipe = Recipe::parse("digits_vlm.yaml", RECIPE.as_bytes(), &overrides, &|_| None)?;
     let run = trainer::run(&recipe, device, interrupted, observe)?;

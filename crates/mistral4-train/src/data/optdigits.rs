@@ -6,10 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use image::GrayImage;
-use image::imageops::{FilterType, crop_imm, resize};
+use image::imageops::crop_imm;
+use image::{GrayImage, Luma};
 use mistral4_processor::chat::{Content, ImageSource, Message, Part, ResponseFormat};
 use mistral4_processor::{ChatRequest, Processor, RenderOptions, SourceImage, ValidationMode};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use super::{Dataset, Sample};
 use crate::error::{Error, Result};
@@ -92,18 +94,35 @@ impl OptDigits {
         self.labels[index]
     }
 
-    /// An image, white on black, enlarged to `side` x `side` pixels.
-    ///
-    /// Multiples of 8 repeat each pixel; other sides interpolate.
+    /// An image, white on black, enlarged to `side` x `side` pixels by bilinear interpolation.
     pub fn image(&self, index: usize, side: u32) -> GrayImage {
+        self.placed(index, side, Placement::default())
+    }
+
+    /// An image, enlarged as by [`OptDigits::image`], and turned, zoomed and shifted.
+    pub fn placed(&self, index: usize, side: u32, placement: Placement) -> GrayImage {
         let columns = self.sheet.width() / SIDE;
         let (row, column) = (index as u32 / columns, index as u32 % columns);
-        let mut tile = crop_imm(&self.sheet, column * SIDE, row * SIDE, SIDE, SIDE).to_image();
-        for pixel in tile.pixels_mut() {
-            pixel.0[0] = (u32::from(pixel.0[0]) * 255 / WHITE) as u8;
-        }
-        let filter = if side.is_multiple_of(SIDE) { FilterType::Nearest } else { FilterType::Triangle };
-        resize(&tile, side, side, filter)
+        let tile = crop_imm(&self.sheet, column * SIDE, row * SIDE, SIDE, SIDE).to_image();
+        let grey = |x: i64, y: i64| {
+            let inside = (0..i64::from(SIDE)).contains(&x) && (0..i64::from(SIDE)).contains(&y);
+            if inside { f32::from(tile.get_pixel(x as u32, y as u32).0[0]) * 255.0 / WHITE as f32 } else { 0.0 }
+        };
+        let (sin, cos) = placement.angle.sin_cos();
+        let centre = SIDE as f32 / 2.0;
+        GrayImage::from_fn(side, side, |x, y| {
+            // From the centre of this pixel back to the place in the 8 x 8 image that it shows.
+            let to_source = |v: u32| (v as f32 + 0.5) * SIDE as f32 / side as f32 - centre;
+            let (x, y) = (to_source(x) - placement.shift.0, to_source(y) - placement.shift.1);
+            let u = (cos * x + sin * y) / placement.zoom + centre - 0.5;
+            let v = (cos * y - sin * x) / placement.zoom + centre - 0.5;
+            let (left, top) = (u.floor(), v.floor());
+            let (right, below) = (u - left, v - top);
+            let (left, top) = (left as i64, top as i64);
+            let above = grey(left, top) * (1.0 - right) + grey(left + 1, top) * right;
+            let under = grey(left, top + 1) * (1.0 - right) + grey(left + 1, top + 1) * right;
+            Luma([(above * (1.0 - below) + under * below).round() as u8])
+        })
     }
 
     /// A conversation about the one image that is supplied beside it; with an answer, to learn from.
@@ -125,32 +144,65 @@ impl OptDigits {
     }
 }
 
+/// How an image is turned, zoomed and shifted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Placement {
+    /// Turn, in radians.
+    pub angle: f32,
+    /// Enlargement about the centre.
+    pub zoom: f32,
+    /// Shift to the right and down, in pixels of the 8 x 8 image.
+    pub shift: (f32, f32),
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self { angle: 0.0, zoom: 1.0, shift: (0.0, 0.0) }
+    }
+}
+
+impl Placement {
+    /// The placement of variant `variant` of an image, the same each time; variant 0 is the image as it is.
+    fn of_variant(index: usize, variant: usize) -> Self {
+        if variant == 0 {
+            return Self::default();
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(index as u64);
+        rng.set_stream(variant as u64);
+        let mut within = |limit: f32| rng.random_range(-limit..=limit);
+        Self { angle: within(0.2), zoom: 1.0 + within(0.12), shift: (within(0.8), within(0.8)) }
+    }
+}
+
 /// Conversations about the images of one part, each image with one of the questions.
 pub struct OptDigitsDataset {
     digits: OptDigits,
     rows: Range<usize>,
     side: u32,
+    variants: usize,
     processor: Arc<Processor>,
 }
 
 impl OptDigitsDataset {
-    /// Conversations whose images are `side` x `side` pixels.
-    pub fn new(split: Split, side: u32, processor: Arc<Processor>) -> Self {
+    /// Conversations whose images are `side` x `side` pixels; each image comes in `variants` placements.
+    pub fn new(split: Split, side: u32, variants: usize, processor: Arc<Processor>) -> Self {
         let digits = OptDigits::load();
-        Self { rows: digits.split(split), digits, side, processor }
+        Self { rows: digits.split(split), digits, side, variants, processor }
     }
 }
 
 impl Dataset for OptDigitsDataset {
     fn len(&self) -> usize {
-        self.rows.len()
+        self.rows.len() * self.variants
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let index = self.rows.start + index;
-        let question = QUESTIONS[index % QUESTIONS.len()];
+        let (variant, index) = (index / self.rows.len(), self.rows.start + index % self.rows.len());
+        let question = QUESTIONS[(index + variant) % QUESTIONS.len()];
         let request = OptDigits::conversation(question, Some(answer(self.digits.label(index))));
-        let picture = SourceImage::from_dynamic(self.digits.image(index, self.side).into());
+        let picture = SourceImage::from_dynamic(
+            self.digits.placed(index, self.side, Placement::of_variant(index, variant)).into(),
+        );
         let options = RenderOptions { mode: ValidationMode::Finetuning, ..RenderOptions::default() };
         let rendered = self.processor.render(&request, &[picture], &options);
         rendered.map(Sample::from_rendered).map_err(|error| Error::Dataset {
@@ -181,11 +233,29 @@ mod tests {
     }
 
     #[test]
-    fn enlarging_repeats_pixels() {
+    fn enlarging_keeps_what_is_seen() {
         let digits = OptDigits::load();
         let (small, large) = (digits.image(42, 8), digits.image(42, 32));
-        assert!(large.enumerate_pixels().all(|(x, y, pixel)| pixel == small.get_pixel(x / 4, y / 4)));
+        let mean = |x: u32, y: u32| {
+            let pixels = (0..16).map(|i| u32::from(large.get_pixel(4 * x + i % 4, 4 * y + i / 4).0[0]));
+            pixels.sum::<u32>() as f32 / 16.0
+        };
+        let difference = |(x, y)| (mean(x, y) - f32::from(small.get_pixel(x, y).0[0])).abs();
+        let total: f32 = (0..64).map(|i| difference((i % 8, i / 8))).sum();
+        assert!(total / 64.0 < 20.0, "mean difference {}", total / 64.0);
         assert_eq!(digits.image(42, 28).dimensions(), (28, 28));
+    }
+
+    #[test]
+    fn variants_differ_and_are_the_same_each_time() {
+        let digits = OptDigits::load();
+        let picture = |variant| digits.placed(7, 32, Placement::of_variant(7, variant));
+        assert_eq!(picture(0), digits.image(7, 32));
+        assert_eq!(picture(3), picture(3));
+        assert_ne!(picture(3), picture(4));
+        let right = Placement { shift: (1.0, 0.0), ..Placement::default() };
+        let (moved, plain) = (digits.placed(7, 8, right), digits.image(7, 8));
+        assert!((1..8).all(|x| moved.get_pixel(x, 3) == plain.get_pixel(x - 1, 3)));
     }
 
     #[test]
@@ -206,7 +276,7 @@ mod tests {
             ImageProcessorConfig { patch_size: 4, max_height: 32, max_width: 32, ..Default::default() };
         let processor =
             Arc::new(Processor::new(file.tokenizer().unwrap(), Some(ImageProcessor::new(config))));
-        let data = OptDigitsDataset::new(Split::Validation, 32, processor.clone());
+        let data = OptDigitsDataset::new(Split::Validation, 32, 1, processor.clone());
         assert_eq!(data.len(), 360);
         let sample = data.get(3).unwrap();
         assert_eq!((sample.images[0].height, sample.images[0].width), (32, 32));

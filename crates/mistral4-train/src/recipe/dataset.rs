@@ -36,6 +36,8 @@ pub enum DatasetConfig {
         split: Split,
         /// Side of an image, in pixels.
         image_size: u32,
+        /// Placements (turned, zoomed, shifted) in which each image comes.
+        variants: usize,
     },
     /// Random tokens, for benchmarks.
     Mock {
@@ -194,6 +196,9 @@ impl DatasetSection {
                     .name("split", "train, or the last fifth of the images", &SPLITS)?
                     .unwrap_or(Split::Train),
                 image_size: read_image_size(&mut s)?,
+                variants: s
+                    .count_up_to("variants", "placements (turned, zoomed, shifted) of each image", 1000)?
+                    .unwrap_or(1),
             },
             Target::Mock => DatasetConfig::Mock {
                 vocab_size: s.count("vocab_size", "random ids are drawn below this")?.unwrap_or(1024),

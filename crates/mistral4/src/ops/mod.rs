@@ -12,6 +12,9 @@ mod extension;
 #[cfg(feature = "flex")]
 mod flex;
 
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 

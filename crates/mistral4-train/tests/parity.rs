@@ -1,0 +1,166 @@
+//! Thirty steps against transformers and torch's AdamW, and the two ways of finding activations against each other.
+//!
+//! The fixtures are made by `tools/golden/training.py`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use burn::tensor::{Device, Tensor};
+use mistral4::checkpoint::config::{Config, ConfigFile, ConfigOptions};
+use mistral4::checkpoint::weights::DType;
+use mistral4::model::moe::MoeOptions;
+use mistral4::weights::InitialSource;
+use mistral4::{Mistral4, ModelInputs};
+use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
+use mistral4_train::recipe::{Override, Recipe};
+use mistral4_train::trainer;
+use serde_json::Value;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/training")
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Trains a fixture and compares every step's loss, gradient norm and rate.
+fn follow(case: &str, expected: &str, more: &[(&str, &str)]) {
+    let case = fixtures().join(case);
+    let out = tempfile::tempdir().unwrap();
+    let set = |key: &str, value: &str| Override { key: key.to_owned(), value: value.to_owned() };
+    let mut overrides = vec![
+        set("model.pretrained_model_name_or_path", case.join("model").to_str().unwrap()),
+        set("dataset.path_or_dataset", case.join("unshifted.jsonl").to_str().unwrap()),
+        set("checkpoint.checkpoint_dir", out.path().to_str().unwrap()),
+    ];
+    overrides.extend(more.iter().map(|(key, value)| set(key, value)));
+    let recipe = Recipe::load(&fixtures().join("recipe.yaml"), &overrides).unwrap();
+    let run = trainer::run(&recipe, &Device::flex(), &AtomicBool::new(false), &mut |_| {}).unwrap();
+
+    let want = lines(&case.join(expected));
+    let got = lines(&out.path().join("training.jsonl"));
+    assert_eq!((got.len(), run.steps.len()), (want.len(), want.len()));
+    for (got, want) in got.iter().zip(&want) {
+        assert_eq!(got["step"], want["step"]);
+        assert_eq!(got["num_label_tokens"], want["num_label_tokens"]);
+        for (key, wanted, tolerance) in
+            [("loss", "loss", 1e-4), ("grad_norm", "grad_norm", 1e-3), ("lr", "lr_applied", 1e-9)]
+        {
+            let (g, w) = (got[key].as_f64().unwrap(), want[wanted].as_f64().unwrap());
+            assert!((g - w).abs() <= tolerance * w.abs(), "step {}: {key} {g} against {w}", got["step"]);
+        }
+    }
+    assert!(run.checkpoint.unwrap().join("model/consolidated/config.json").is_file());
+    assert!(out.path().join("LATEST").exists());
+}
+
+#[test]
+fn a_text_model_trains_like_transformers() {
+    follow("text", "training.jsonl", &[]);
+}
+
+#[test]
+fn a_multimodal_model_trains_like_transformers() {
+    let target = "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained";
+    follow("multimodal", "training.jsonl", &[("model._target_", target)]);
+}
+
+#[test]
+fn two_micro_batches_are_one_batch() {
+    follow("text", "training_local_batch_size_2.jsonl", &[("step_scheduler.local_batch_size", "2")]);
+}
+
+#[test]
+fn recomputed_activations_train_alike() {
+    follow("text", "training.jsonl", &[("distributed.activation_checkpointing", "true")]);
+}
+
+fn config() -> Config {
+    let raw = serde_json::json!({
+        "model_type": "mistral4", "vocab_size": 40, "hidden_size": 24, "intermediate_size": 32,
+        "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 12, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6, "v_head_dim": 8, "first_k_dense_replace": 1, "initializer_range": 0.3,
+        "max_position_embeddings": 64, "tie_word_embeddings": false, "pad_token_id": 11,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
+    });
+    ConfigFile::from_value(raw, "test.json".as_ref(), &ConfigOptions::default()).unwrap().config
+}
+
+fn model(aux_loss_coeff: f64) -> Mistral4 {
+    let config = config();
+    let source = InitialSource::new(&config, 3, DType::F32);
+    let moe = MoeOptions { aux_loss_coeff, ..Default::default() };
+    Mistral4::new(&config, moe, &source, &Device::flex()).unwrap()
+}
+
+fn batch() -> LabelledInputs {
+    // Token 11 is padding to the model, yet stands among the tokens here.
+    let ids: Vec<u32> = (0..30).map(|i| if i == 7 { 11 } else { i * 7 % 40 }).collect();
+    let labels = (0..30).map(|i| if i % 5 == 4 { -100 } else { (i * 11 + 3) % 40 }).collect();
+    LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 12, 30]), labels }
+}
+
+fn gradients(model: &Mistral4, activations: Activations) -> (f64, BTreeMap<String, Vec<f32>>) {
+    let mut gradients = Gradients::default();
+    let scale = LossScale { per_token: 1.0 / 24.0, aux: 1.0 };
+    let measured = forward_backward(model, &batch(), scale, activations, &mut gradients).unwrap();
+    let values = |t: &Tensor<1>| t.clone().into_data().try_into_vec::<f32>().unwrap();
+    let all = gradients.iter().map(|(key, gradient)| (key.to_owned(), values(gradient))).collect();
+    (measured.loss_sum + measured.aux_loss, all)
+}
+
+#[test]
+fn layer_by_layer_gives_the_gradients_of_the_whole() {
+    for aux in [0.0, 0.1] {
+        let model = model(aux);
+        let (whole_loss, whole) = gradients(&model, Activations::Kept);
+        let (layered_loss, layered) = gradients(&model, Activations::Recomputed);
+        assert!((whole_loss - layered_loss).abs() < 1e-5);
+        assert_eq!(whole.keys().collect::<Vec<_>>(), layered.keys().collect::<Vec<_>>());
+        for (key, whole) in &whole {
+            let norm = whole.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let diff = whole.iter().zip(&layered[key]).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
+            assert!(diff <= 1e-5 * norm + 1e-9, "{key}: {diff} of {norm}");
+        }
+    }
+}
+
+#[test]
+fn the_load_balancing_loss_reaches_the_router_and_is_one_when_even() {
+    let (_, without) = gradients(&model(0.0), Activations::Kept);
+    let (_, with) = gradients(&model(1.0), Activations::Kept);
+    let gate = "model.layers.1.mlp.gate.weight";
+    assert!(without[gate].iter().zip(&with[gate]).any(|(a, b)| (a - b).abs() > 1e-4));
+    // With scores all alike, E * sum f_e p_e is 1 for any load.
+    let flat = model(1.0).map_parameters(|key, values| key.ends_with("gate.weight").then(|| values.zeros_like()));
+    let mut sink = Gradients::default();
+    let scale = LossScale { per_token: 1.0, aux: 1.0 };
+    let measured = forward_backward(&flat, &batch(), scale, Activations::Kept, &mut sink).unwrap();
+    assert!((measured.aux_loss - 2.0).abs() < 1e-5, "two mixture layers: {}", measured.aux_loss);
+}
+
+#[test]
+fn the_padding_tokens_embedding_is_not_trained() {
+    let (_, all) = gradients(&model(0.0), Activations::Kept);
+    let rows: Vec<&[f32]> = all["model.embed_tokens.weight"].chunks_exact(24).collect();
+    assert!(rows[11].iter().all(|&g| g == 0.0), "padding");
+    assert!(rows[7].iter().any(|&g| g != 0.0), "a token of the batch");
+}
+
+#[test]
+fn frozen_parameters_get_no_gradient_and_do_not_change_the_others() {
+    let (_, all) = gradients(&model(0.0), Activations::Kept);
+    for activations in [Activations::Kept, Activations::Recomputed] {
+        let frozen = model(0.0).freeze(|key| key.contains("experts") || key.contains("embed_tokens"));
+        let (_, some) = gradients(&frozen, activations);
+        assert!(some.keys().all(|key| !key.contains("experts") && !key.contains("embed_tokens")));
+        assert!(some.len() < all.len());
+        let key = "model.layers.0.self_attn.q_a_proj.weight";
+        let diff = all[key].iter().zip(&some[key]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(diff < 1e-6, "{diff}");
+    }
+}

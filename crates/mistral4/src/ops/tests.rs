@@ -1,0 +1,229 @@
+//! The fused operations against their composite bodies: outputs and every gradient, at odd sizes.
+
+use super::*;
+use burn::tensor::{DType, TensorData};
+
+fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
+    // A fixed sequence of its own: the backend's generator is shared by all tests of the process.
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32 * 2.0 - 1.0
+    };
+    let data: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
+    Tensor::from_data(TensorData::new(data, shape), &Device::flex())
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.inner().into_data_as::<f32>().try_into_vec().unwrap()
+}
+
+fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let square = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>();
+    let diff = square(&mut got.iter().zip(want).map(|(g, w)| f64::from(g - w)));
+    let norm = square(&mut want.iter().map(|w| f64::from(*w)));
+    let error = (diff / norm.max(1e-30)).sqrt();
+    assert!(error < tolerance, "{what}: relative error {error:.2e}");
+}
+
+/// Runs `op` on tracked copies of `inputs` and returns its output and the gradients of a random functional of it.
+fn with_gradients<const N: usize, const D: usize>(
+    inputs: [Tensor<1>; N],
+    op: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+) -> Vec<Vec<f32>> {
+    let leaves = inputs.map(|t| t.autodiff().require_grad());
+    let out = op(leaves.clone());
+    let seed = random(out.dims(), 99).cast(out.dtype()).autodiff();
+    let mut grads = (out.clone() * seed).sum().backward();
+    let mut all = vec![values(out)];
+    all.extend(leaves.map(|leaf| values(leaf.grad_remove(&mut grads).expect("every input has a gradient"))));
+    all
+}
+
+fn compare<const N: usize, const D: usize>(
+    name: &str,
+    inputs: [Tensor<1>; N],
+    fused: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+    composite: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+) {
+    let (got, want) = (with_gradients(inputs.clone(), fused), with_gradients(inputs.clone(), &composite));
+    for (index, (got, want)) in got.iter().zip(&want).enumerate() {
+        assert_close(&format!("{name}, output or gradient {index}"), got, want, 2e-6);
+    }
+}
+
+#[test]
+fn linear_equals_composite() {
+    for (rows, inputs, outputs) in [(1, 7, 5), (13, 33, 17), (64, 48, 100)] {
+        let flat = [random([rows * inputs], 1), random([outputs * inputs], 2)];
+        compare(
+            "linear",
+            flat,
+            |[x, w]| linear(x.reshape([rows, inputs]), w.reshape([outputs, inputs])),
+            |[x, w]| composite::linear(x.reshape([rows, inputs]), w.reshape([outputs, inputs])),
+        );
+    }
+}
+
+#[test]
+fn rms_norm_equals_composite() {
+    let (rows, width) = (19, 37);
+    compare(
+        "rms_norm",
+        [random([rows * width], 3), random([width], 4)],
+        |[x, w]| rms_norm(x.reshape([rows, width]), w, 1e-2),
+        |[x, w]| composite::rms_norm(x.reshape([rows, width]), w, 1e-2),
+    );
+}
+
+#[test]
+fn rope_equals_composite_in_both_layouts_with_and_without_scale() {
+    let (tokens, heads, width, pairs) = (11, 3, 13, 4);
+    let (cos, sin) = (random([tokens, pairs], 5), random([tokens, pairs], 6));
+    for interleaved in [false, true] {
+        for (offset, scale) in [(0, None), (5, Some((0..tokens).map(|t| 1.0 + t as f32).collect()))] {
+            let spec = RopeSpec { offset, interleaved, scale };
+            let tables = |x: &Tensor<1>| {
+                let on = |t: &Tensor<2>| if x.is_autodiff() { t.clone().autodiff() } else { t.clone() };
+                (on(&cos), on(&sin))
+            };
+            compare(
+                "rope",
+                [random([tokens * heads * width], 7)],
+                |[x]| {
+                    let (cos, sin) = tables(&x);
+                    rope(x.reshape([tokens, heads, width]), cos, sin, spec.clone())
+                },
+                |[x]| {
+                    let (cos, sin) = tables(&x);
+                    composite::rope(x.reshape([tokens, heads, width]), cos, sin, spec.clone())
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn attention_equals_composite_over_segments_with_gaps() {
+    let (heads, kv_heads, width, v_width) = (4, 2, 9, 7);
+    let segments: Arc<[Segment]> = vec![
+        Segment { q: 0..5, k: 0..5, causal: Some(0) },
+        Segment { q: 6..13, k: 5..19, causal: Some(7) },
+        Segment { q: 13..20, k: 19..26, causal: None },
+    ]
+    .into();
+    let (rows, keys) = (23, 26);
+    let spec = AttentionSpec { scale: 0.3, segments };
+    let flat = [
+        random([rows * heads * width], 8),
+        random([keys * kv_heads * width], 9),
+        random([keys * kv_heads * v_width], 10),
+    ];
+    let shaped = |[q, k, v]: [Tensor<1>; 3]| {
+        (
+            q.reshape([rows, heads, width]),
+            k.reshape([keys, kv_heads, width]),
+            v.reshape([keys, kv_heads, v_width]),
+        )
+    };
+    compare(
+        "attention",
+        flat,
+        |inputs| {
+            let (q, k, v) = shaped(inputs);
+            attention(q, k, v, spec.clone())
+        },
+        |inputs| {
+            let (q, k, v) = shaped(inputs);
+            composite::attention(q, k, v, spec.clone())
+        },
+    );
+}
+
+#[test]
+fn attention_reads_values_inside_of_keys() {
+    // The absorbed form: values are a prefix of each key row, in the same memory.
+    let (rows, heads, rank, rope) = (3, 4, 10, 6);
+    let k = random([8, 1, rank + rope], 11);
+    let q = random([rows, heads, rank + rope], 12);
+    let v = k.clone().slice_dim(2, 0..rank);
+    let segments: Arc<[Segment]> = vec![Segment { q: 0..3, k: 1..8, causal: Some(4) }].into();
+    let spec = AttentionSpec { scale: 0.5, segments };
+    let got = values(attention(q.clone(), k.clone(), v.clone(), spec.clone()));
+    assert_close("absorbed attention", &got, &values(composite::attention(q, k, v, spec)), 1e-6);
+}
+
+#[test]
+fn moe_experts_equals_composite_with_idle_experts() {
+    let (tokens, hidden, inter, experts, top_k) = (17, 12, 9, 5, 2);
+    // Expert 3 gets no token.
+    let choice: Vec<i32> = (0..tokens * top_k).map(|i| [0, 4, 2, 1][(i * 7 + i / 3) % 4]).collect();
+    let indices = Tensor::<2, Int>::from_data(TensorData::new(choice, [tokens, top_k]), &Device::flex());
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let flat = [
+            random([tokens * hidden], 13),
+            random([tokens * top_k], 14),
+            random([experts * 2 * inter * hidden], 15),
+            random([experts * hidden * inter], 16),
+        ];
+        let run = |[x, w, gate_up, down]: [Tensor<1>; 4], fused: bool| {
+            let op = if fused { moe_experts } else { composite::moe_experts };
+            op(
+                x.reshape([tokens, hidden]),
+                indices.clone(),
+                w.reshape([tokens, top_k]),
+                gate_up.reshape([experts, 2 * inter, hidden]),
+                down.reshape([experts, hidden, inter]),
+                activation,
+            )
+        };
+        compare("moe_experts", flat, |inputs| run(inputs, true), |inputs| run(inputs, false));
+    }
+}
+
+#[test]
+fn frozen_experts_get_no_gradient_and_their_input_still_does() {
+    let (tokens, hidden, inter, experts) = (5, 8, 6, 3);
+    let indices = Tensor::<2, Int>::from_data(TensorData::new(vec![0i32, 1, 2, 1, 0], [tokens, 1]), &Device::flex());
+    let x = random([tokens, hidden], 17).autodiff().require_grad();
+    let gate_up = random([experts, 2 * inter, hidden], 18).autodiff();
+    let down = random([experts, hidden, inter], 19).autodiff();
+    let weights = random([tokens, 1], 20).autodiff();
+    let out = moe_experts(x.clone(), indices, weights, gate_up.clone(), down, Activation::Silu);
+    let mut grads = out.sum().backward();
+    assert!(gate_up.grad(&grads).is_none());
+    assert!(values(x.grad_remove(&mut grads).unwrap()).iter().any(|&g| g != 0.0));
+}
+
+#[test]
+fn linear_cross_entropy_equals_composite_and_ignores_unlabelled_tokens() {
+    let (tokens, hidden, vocab) = (21, 10, 33);
+    let labels: Vec<i64> = (0..tokens as i64).map(|t| if t % 4 == 0 { -100 } else { t * 5 % 33 }).collect();
+    let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [tokens]), &Device::flex());
+    compare(
+        "linear_cross_entropy",
+        [random([tokens * hidden], 21), random([vocab * hidden], 22)],
+        |[h, w]| linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone()),
+        |[h, w]| {
+            composite::linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone())
+        },
+    );
+}
+
+#[test]
+fn bf16_stays_within_its_rounding_of_f32() {
+    let (tokens, hidden, out) = (16, 64, 48);
+    let (x, w) = (random([tokens, hidden], 23), random([out, hidden], 24));
+    let half = linear(x.clone().cast(DType::BF16), w.clone().cast(DType::BF16));
+    assert_eq!(half.dtype(), DType::BF16);
+    assert_close("bf16 linear", &values(half), &values(linear(x, w)), 1e-2);
+}
+
+#[test]
+fn the_test_sequence_is_not_constant() {
+    let v = values(random([100], 1));
+    assert!(v.iter().any(|x| *x > 0.5) && v.iter().any(|x| *x < -0.5));
+}
