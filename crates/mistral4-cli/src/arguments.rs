@@ -132,34 +132,64 @@ pub(crate) enum Stop {
 /// Reads the command line.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, Stop> {
     let mut command = Arguments::command();
-    let matches = command.try_get_matches_from_mut(arguments);
-    matches.and_then(|matches| Arguments::from_arg_matches(&matches)).map_err(stop)
+    let arguments = own_options_first(arguments.into_iter().collect());
+    let matches = command.try_get_matches_from_mut(&arguments);
+    matches.and_then(|matches| Arguments::from_arg_matches(&matches)).map_err(|error| {
+        let named = arguments.iter().filter_map(|argument| command.find_subcommand(argument)).next();
+        stop(&error, named.map(clap::Command::get_name))
+    })
 }
 
-fn stop(error: clap::Error) -> Stop {
+/// Moves the options of `train` itself in front of the recipe, since all that follows it is taken for overrides.
+fn own_options_first(arguments: Vec<OsString>) -> Vec<OsString> {
+    const WITH_VALUE: [&str; 2] = ["--device", "--threads"];
+    const ALONE: [&str; 3] = ["--dry-run", "--help", "-h"];
+    let is_command = |argument: &OsString| Arguments::command().find_subcommand(argument).is_some();
+    let Some(train) = arguments.iter().position(is_command) else { return arguments };
+    if arguments[train] != "train" {
+        return arguments;
+    }
+    let mut first: Vec<OsString> = arguments[..=train].to_vec();
+    let mut rest = Vec::new();
+    let mut remaining = arguments.into_iter().skip(train + 1);
+    while let Some(argument) = remaining.next() {
+        let text = argument.to_string_lossy();
+        let is_pair = |name: &&str| text.strip_prefix(*name).is_some_and(|value| value.starts_with('='));
+        if ALONE.contains(&text.as_ref()) || WITH_VALUE.iter().any(|name| is_pair(name)) {
+            first.push(argument);
+        } else if WITH_VALUE.contains(&text.as_ref()) {
+            first.push(argument);
+            first.extend(remaining.next());
+        } else {
+            rest.push(argument);
+        }
+    }
+    first.extend(rest);
+    first
+}
+
+fn stop(error: &clap::Error, command: Option<&str>) -> Stop {
     use ClapErrorKind as K;
     match error.kind() {
         K::DisplayHelp | K::DisplayVersion | K::DisplayHelpOnMissingArgumentOrSubcommand => {
             let text = error.render();
             Stop::Text(if stdout::is_styled() { text.ansi().to_string() } else { text.to_string() })
         }
-        _ => Stop::Usage(usage_error(&error.render().to_string())),
+        _ => Stop::Usage(usage_error(&error.render().to_string(), command)),
     }
 }
 
 /// One chain and one hint out of clap's paragraphs.
-fn usage_error(text: &str) -> Error {
-    let mut paragraphs = text.split("\n\n");
-    let first: Vec<&str> = paragraphs.next().unwrap_or_default().lines().map(str::trim).collect();
+fn usage_error(text: &str, command: Option<&str>) -> Error {
+    let first: Vec<&str> = text.split("\n\n").next().unwrap_or_default().lines().map(str::trim).collect();
     let message = first.join(" ");
-    let message = message.strip_prefix("error: ").unwrap_or(&message).to_owned();
-    let rest = || text.lines().map(str::trim);
-    let tip = rest().find_map(|line| line.strip_prefix("tip: ")).map(str::to_owned);
-    let usage = rest().find_map(|line| line.strip_prefix("Usage: ")).map(|usage| {
-        let words = usage.split_whitespace().take_while(|word| !word.starts_with(['-', '[', '<']));
-        format!("see `{} --help`", words.collect::<Vec<_>>().join(" "))
-    });
-    Error::input(message, tip.or(usage).unwrap_or_else(|| "see `mistral4 --help`".to_owned()))
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")).map(str::to_owned);
+    let help = || match command {
+        Some(command) => format!("see `mistral4 {command} --help`"),
+        None => "see `mistral4 --help`".to_owned(),
+    };
+    Error::input(message, tip.unwrap_or_else(help))
 }
 
 #[cfg(test)]
@@ -169,5 +199,24 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_train_may_follow_the_recipe() {
+        let line = "mistral4 train r.yaml --a.b 1 --device=cuda:2 --dry-run --threads 3 --c.device x";
+        let Ok(arguments) = parse(line.split(' ').map(OsString::from)) else { panic!("{line} is right") };
+        assert_eq!(arguments.threads, Some(3));
+        let Command::Train(train) = arguments.command else { panic!("the command is train") };
+        assert!(train.dry_run);
+        assert_eq!(train.compute.device, DeviceChoice::Cuda(2));
+        assert_eq!(train.overrides, ["--a.b", "1", "--c.device", "x"]);
+    }
+
+    #[test]
+    fn the_word_train_means_the_command_only_in_its_place() {
+        let line = ["mistral4", "tokenize", "--model", "m", "--prompt", "train", "--threads", "2"];
+        let Ok(arguments) = parse(line.map(OsString::from)) else { panic!("the line is right") };
+        let Command::Tokenize(tokenize) = arguments.command else { panic!("the command is tokenize") };
+        assert_eq!(tokenize.prompt.as_deref(), Some("train"));
     }
 }

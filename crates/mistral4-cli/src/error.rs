@@ -232,7 +232,7 @@ impl From<TrainError> for Error {
             E::Yaml { .. } => (ErrorKind::Input, "correct the recipe at this line"),
             E::UnknownKey { .. } => (
                 ErrorKind::Input,
-                "keys follow NeMo AutoModel; `mistral4 train RECIPE --dry-run` lists what each key does",
+                "keys follow NeMo AutoModel; `mistral4 train RECIPE.yaml --dry-run` lists what each key does",
             ),
             E::UnknownName { .. } => (ErrorKind::Input, "write one of the accepted names"),
             E::Override { .. } => (ErrorKind::Input, "overrides read `--section.key value`"),

@@ -18,7 +18,7 @@ use crate::{curve, format, stdout};
 #[derive(Debug, Args)]
 #[command(
     override_usage = "mistral4 train [OPTIONS] RECIPE.yaml [--a.b.c value]...",
-    after_help = "Options of the command stand before the recipe. What follows it overrides the recipe's keys:
+    after_help = "Other options after the recipe override its keys:
   mistral4 train recipe.yaml --step_scheduler.max_steps 100 --optimizer.lr=1e-4"
 )]
 pub struct TrainArguments {

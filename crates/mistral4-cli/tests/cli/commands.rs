@@ -276,7 +276,7 @@ fn a_recipe_runs_with_overrides() {
     let row = |ids: &[i64]| format!("{{\"input_ids\": {ids:?}, \"labels\": {ids:?}}}\n");
     place.write("rows.jsonl", [row(&[1, 5, 6, 7]), row(&[1, 8, 9])].concat().repeat(4));
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recipe.yaml");
-    ok(place.run(&["train", "--dry-run", recipe]));
+    assert!(ok(place.run(&["train", recipe, "--dry-run"])).contains("honoured"));
     let out = ok(place.run(&[
         "train",
         recipe,

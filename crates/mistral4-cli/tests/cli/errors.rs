@@ -242,17 +242,24 @@ fn conversations_and_images() {
 #[test]
 fn recipes() {
     let place = Place::new();
-    place.write("key.yaml", "recipe: FinetuneRecipeForVLM\nstep_schedular: {max_steps: 1}\n");
+    place.write("recipe.yaml", include_str!("../recipe.yaml"));
     place.write("broken.yaml", "recipe: [\n");
-    place.write("kind.yaml", "recipe: MakeCoffee\n");
     insta::assert_snapshot!(failures(
         &place,
         &[
             &["train", "nowhere.yaml"],
-            &["train", "key.yaml"],
             &["train", "broken.yaml"],
-            &["train", "kind.yaml"],
-            &["train", "key.yaml", "stray"],
+            &["train", "recipe.yaml", "stray"],
+            &["train", "recipe.yaml", "--recipe", "MakeCoffee"],
+            &["train", "recipe.yaml", "--step_schedular.max_steps", "1"],
+            &["train", "recipe.yaml", "--step_scheduler.max_steps=many"],
+            &[
+                "train",
+                "recipe.yaml",
+                "--step_scheduler.global_batch_size=4",
+                "--step_scheduler.local_batch_size=3"
+            ],
+            &["train", "recipe.yaml", "--model.pretrained_model_name_or_path", "./nowhere"],
         ],
     ));
 }

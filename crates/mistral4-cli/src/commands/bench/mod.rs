@@ -133,9 +133,34 @@ pub struct Measurement {
     /// Tokens written a row in decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_tokens: Option<u32>,
-    /// Instruction set of the CPU kernels.
+    /// What this machine's CPU can do; absent on other devices.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub isa: Option<String>,
+    pub cpu: Option<CpuPeaks>,
+}
+
+/// What a CPU can do, measured beside the model.
+#[derive(Debug, Clone, Serialize)]
+pub struct CpuPeaks {
+    /// Instruction set of the kernels.
+    pub isa: String,
+    /// Floating-point operations a second of matrix products in the number format, operands in the nearest cache.
+    pub flops_per_s: f64,
+    /// Bytes a second that all threads read from memory.
+    pub read_bytes_per_s: f64,
+}
+
+impl CpuPeaks {
+    fn measure(dtype: FloatDType) -> Self {
+        let gflops = match dtype {
+            FloatDType::F32 => mistral4_kernels::peak_f32_gflops(),
+            FloatDType::Bf16 => mistral4_kernels::peak_bf16_gflops(),
+        };
+        CpuPeaks {
+            isa: format!("{:?}", mistral4_kernels::Isa::active()),
+            flops_per_s: gflops * 1e9,
+            read_bytes_per_s: mistral4_kernels::read_bandwidth() * 1e9,
+        }
+    }
 }
 
 /// Runs the command.
@@ -198,7 +223,8 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         median_s: median,
         range_s: [durations[0], durations[durations.len() - 1]],
         new_tokens: is_decode.then_some(arguments.new_tokens),
-        isa: arguments.compute.device.is_cpu().then(|| format!("{:?}", mistral4_kernels::Isa::best())),
+        // After the memory was read off, since measuring takes some.
+        cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype)),
     })
 }
 
@@ -233,9 +259,21 @@ fn describe(result: &Measurement) -> String {
         ),
     );
     line("speed", format!("{:.1} tokens/s", result.tokens_per_s));
-    line("model FLOPs", format!("{}FLOP/s", format::rate(result.model_flops_per_s)));
+    let share = |value: f64, peak: Option<f64>| match peak {
+        Some(peak) => {
+            format!(" ({:.0} % of this CPU's measured {})", 100.0 * value / peak, format::rate(peak))
+        }
+        None => String::new(),
+    };
+    let flops = result.model_flops_per_s;
+    let most = result.cpu.as_ref().map(|cpu| cpu.flops_per_s);
+    line("model FLOPs", format!("{}FLOP/s{}", format::rate(flops), share(flops, most)));
     if let Some(bytes) = result.weight_bytes_per_s {
-        line("weights read", format!("{}B/s", format::rate(bytes)));
+        let most = result.cpu.as_ref().map(|cpu| cpu.read_bytes_per_s);
+        line("weights read", format!("{}B/s{}", format::rate(bytes), share(bytes, most)));
+    }
+    if let Some(cpu) = &result.cpu {
+        line("instructions", cpu.isa.clone());
     }
     if let Some(bytes) = result.peak_rss_bytes {
         line("peak memory", format::bytes(bytes));

@@ -18,7 +18,7 @@ use serde::Serialize;
 use self::inputs::Inputs;
 use crate::arguments::{FloatDType, ModelArguments};
 use crate::error::{Error, Result};
-use crate::load::{Loaded, load_model};
+use crate::load::{self, model_folder, open_checkpoint};
 use crate::tensors::NamedArray;
 use crate::{format, stdout, tensors};
 
@@ -107,9 +107,8 @@ pub fn run(arguments: &ForwardArguments) -> Result<()> {
 /// Inputs that are malformed or do not fit the model.
 pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
     let device = arguments.model.compute.device.open()?;
-    let dtype = Some(arguments.dtype.dtype());
-    let loaded = load_model(&arguments.model.model, dtype, &arguments.model.config_options(), &device)?;
-    let Loaded { model, checkpoint, .. } = &loaded;
+    let folder = model_folder(&arguments.model.model)?;
+    let checkpoint = open_checkpoint(&folder, &arguments.model.config_options())?;
     let inputs = Inputs::read(&arguments.inputs, checkpoint.config())?;
     if arguments.grads && inputs.labels.is_none() {
         return Err(Error::input(
@@ -117,12 +116,13 @@ pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
             "add `labels` i64 of the shape of `input_ids`, -100 where there is none",
         ));
     }
-    let mut arrays = forward(model, &inputs, arguments.hidden_states, &device)?;
+    let model = load::build(&checkpoint, arguments.dtype.dtype(), &device)?;
+    let mut arrays = forward(&model, &inputs, arguments.hidden_states, &device)?;
     if let Some(labels) = inputs.labels.as_ref().filter(|_| arguments.grads) {
-        arrays.extend(grads::gradients(model, checkpoint, &inputs, labels, &device)?);
+        arrays.extend(grads::gradients(&model, &checkpoint, &inputs, labels, &device)?);
     }
     if let Some(count) = arguments.greedy {
-        let tokens = greedy::continue_rows(model, &inputs, count as usize, &device)?;
+        let tokens = greedy::continue_rows(&model, &inputs, count as usize, &device)?;
         let rows = tokens.len() / count as usize;
         arrays.push(NamedArray::i64("greedy", [rows, count as usize], tokens));
     }

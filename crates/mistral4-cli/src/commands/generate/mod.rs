@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use clap::Args;
 use mistral4::Mistral4;
-use mistral4::generate::{Request, SamplingOptions, generate};
+use mistral4::generate::{Request, Sampler, SamplingOptions, generate};
 use mistral4_checkpoint::config::Config;
 use mistral4_processor::{Processor, ReasoningEffort};
 
@@ -60,19 +60,19 @@ pub struct SamplingArguments {
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_new_tokens: usize,
     /// Randomness; 0 always takes the likeliest token [default: generation_config.json, else 0]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
     /// Keep the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Keep the K likeliest tokens; 0 keeps all
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Keep tokens at least this likely relative to the likeliest
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f64>,
     /// Make tokens that were there before less likely; 1 does nothing
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f64>,
     /// Seed of the random choices
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -122,6 +122,9 @@ impl Generator {
         sampling: &SamplingArguments,
     ) -> Result<Self> {
         let defaults = GenerationDefaults::read(folder)?;
+        let options = defaults.sampling(sampling);
+        // What is wrong with them is said before the weights are read.
+        Sampler::new(options.clone())?;
         let device = model.compute.device.open()?;
         let dtype = dtype.map(FloatDType::dtype);
         let Loaded { model, checkpoint, .. } = load_folder(folder, dtype, &model.config_options(), &device)?;
@@ -129,7 +132,7 @@ impl Generator {
         Ok(Generator {
             model,
             processor,
-            sampling: defaults.sampling(sampling),
+            sampling: options,
             max_new_tokens: sampling.max_new_tokens,
             stop: sampling.stop.clone(),
             stop_tokens,
