@@ -155,7 +155,7 @@ fn own_options_first(arguments: Vec<OsString>) -> Vec<OsString> {
     while let Some(argument) = remaining.next() {
         let text = argument.to_string_lossy();
         let is_pair = |name: &&str| text.strip_prefix(*name).is_some_and(|value| value.starts_with('='));
-        if ALONE.contains(&text.as_ref()) || WITH_VALUE.iter().any(|name| is_pair(name)) {
+        if ALONE.contains(&text.as_ref()) || WITH_VALUE.iter().any(is_pair) {
             first.push(argument);
         } else if WITH_VALUE.contains(&text.as_ref()) {
             first.push(argument);

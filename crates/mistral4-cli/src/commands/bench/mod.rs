@@ -23,13 +23,15 @@ use crate::{format, stdout};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Random weights, random tokens, text only. One pass to warm up, then the median of --repetitions.
-  prefill  a pass over BATCH rows of TOKENS tokens into an empty cache, logits of the last position
-  decode   --new-tokens steps of one token a row after a prompt of TOKENS; the prompt is not timed
-  train    forward, backward and AdamW over BATCH rows of TOKENS tokens
-Model FLOPs: 2 a token for each weight it is multiplied with (of the routed experts, those it is sent to; of the head,
-the positions with logits), and 2 heads (query-key width + value width) a token for each position it sees, a layer;
-three times that in training. Weight bytes of a decode step: every weight once, of the routed experts those that BATCH
-tokens reach when routing is even.")]
+  prefill  a pass over B rows of N tokens into an empty cache, logits of the last position
+  decode   --new-tokens steps of one token a row after a prompt of N; the prompt is not timed
+  train    forward, backward and AdamW over B rows of N tokens
+
+Model FLOPs of a token: 2 for each weight that it is multiplied with (of the routed experts, those
+it is sent to; of the head, where there are logits), and in each layer 2 x heads x (query-key width
++ value width) for each position it sees. Training counts three times that.
+Weight bytes of a decode step: every weight once, of the routed experts those that B tokens reach
+when routing is even.")]
 pub struct BenchArguments {
     /// Configuration of the model: a config.json or params.json
     #[arg(long, value_name = "FILE", conflicts_with = "preset")]
