@@ -91,7 +91,7 @@ impl ValueEnum for FloatDType {
 /// Where and how to compute.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct ComputeArguments {
-    /// flex (the CPU), vulkan, cuda[:N], metal or rocm
+    /// flex (the CPU), vulkan, cuda, cuda:N, metal or rocm
     #[arg(long, value_name = "DEVICE", default_value = "flex")]
     pub device: DeviceChoice,
 }

@@ -61,7 +61,8 @@ pub(crate) fn open_checkpoint(folder: &Path, options: &ConfigOptions) -> Result<
 /// Loads a model; without a `dtype`, in the format in which it is stored (FP8 becomes bf16).
 ///
 /// # Errors
-/// As [`model_folder`] and [`open_checkpoint`], or when a tensor cannot be read.
+/// When there is no such folder or model, its configuration is unusable, its tensors are not those of the model (all of them
+/// in one error), or a tensor cannot be read.
 pub fn load_model(
     model: &str,
     dtype: Option<DType>,

@@ -30,7 +30,7 @@ pub struct TokenizeArguments {
     /// Image for the next image part without a path; may be repeated
     #[arg(long, value_name = "FILE", requires = "messages")]
     pub image: Vec<PathBuf>,
-    /// Also write input_ids i64 [1,S], pixel_values f32 and image_sizes i64 as the model takes them
+    /// Also write input_ids i64 `[1,S]`, pixel_values f32 and image_sizes i64 as the model takes them
     #[arg(long, value_name = "OUT.safetensors")]
     pub outputs: Option<PathBuf>,
 }

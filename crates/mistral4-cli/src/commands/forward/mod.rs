@@ -48,7 +48,7 @@ pub struct ForwardArguments {
     /// Also write `grad.<key>` of the mean loss for every parameter; needs labels
     #[arg(long)]
     pub grads: bool,
-    /// Also write `greedy` i64 [B,N]: each row continued by the likeliest tokens, N of them
+    /// Also write `greedy` i64 `[B,N]`: each row continued by the likeliest tokens, N of them
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub greedy: Option<u32>,
     /// Print a JSON object on standard output
