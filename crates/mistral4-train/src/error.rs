@@ -68,7 +68,7 @@ pub struct AcceptedNames {
 pub enum Error {
     /// A step gave no number, so that going on would destroy the weights.
     #[error(
-        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate, clip, or look at the data of this step"
+        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; look at rows {rows:?} of the data, lower the learning rate, clip, or set step_scheduler.on_non_finite to skip"
     )]
     NotFinite {
         /// The step.
@@ -77,6 +77,79 @@ pub enum Error {
         loss: f64,
         /// Its gradient norm.
         grad_norm: f64,
+        /// Rows of the data set that gave it.
+        rows: Vec<usize>,
+    },
+    /// A step's loss is far above those before it, and the recipe asks to stop then.
+    #[error(
+        "step {step}: the loss {loss} is above {limit}, the highest that is usual now; look at rows {rows:?} of the data"
+    )]
+    LossSpike {
+        /// The step.
+        step: usize,
+        /// Its loss.
+        loss: f64,
+        /// Where a spike begins.
+        limit: f64,
+        /// Rows of the micro-batch with the highest loss.
+        rows: Vec<usize>,
+    },
+    /// There is no such checkpoint to begin at.
+    #[error(
+        "checkpoint.restore_from: `{asked}` is no checkpoint, neither in {} ({}) nor as a path",
+        folder.display(),
+        listed(found)
+    )]
+    NoCheckpoint {
+        /// What was asked for.
+        asked: String,
+        /// The run's folder.
+        folder: PathBuf,
+        /// The checkpoints that it holds.
+        found: Vec<String>,
+    },
+    /// The run would come to steps whose checkpoints exist.
+    #[error(
+        "{} holds checkpoints that a run from step {first_step} would come to and not overwrite: {}; move them away, or choose another checkpoint.checkpoint_dir (to go on from the last one, leave checkpoint.restore_from out)",
+        folder.display(),
+        later.join(", ")
+    )]
+    LaterCheckpoints {
+        /// The first step of the run.
+        first_step: usize,
+        /// The run's folder.
+        folder: PathBuf,
+        /// The checkpoints of that step and later ones.
+        later: Vec<String>,
+    },
+    /// A checkpoint is never overwritten.
+    #[error("{} exists already and is not overwritten; move it away, or choose another checkpoint.checkpoint_dir", path.display())]
+    CheckpointExists {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A checkpoint belongs to another run.
+    #[error(
+        "the run cannot go on from {}: {key} was {saved}, is {current}; use the recipe and data of that run, or choose another checkpoint.checkpoint_dir",
+        checkpoint.display()
+    )]
+    Incompatible {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// What differs.
+        key: String,
+        /// Value when saved.
+        saved: String,
+        /// Value now.
+        current: String,
+    },
+    /// A file of a checkpoint is not what was written.
+    #[error("{} is damaged: {message}; begin at another checkpoint with checkpoint.restore_from", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
     },
     /// The tokenizer or the image processor refused something.
     #[error(transparent)]
@@ -229,6 +302,10 @@ pub enum Error {
 
 fn did_you_mean(nearest: &Option<String>) -> String {
     nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean `{name}`?"))
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "which holds none".to_owned() } else { format!("which holds {}", names.join(", ")) }
 }
 
 fn lines(blockers: &[Blocker]) -> String {

@@ -20,9 +20,11 @@ pub struct StepMetrics {
     pub epoch: usize,
     /// When, in UTC (RFC 3339, milliseconds).
     pub timestamp: String,
-    /// Exact token mean of the loss over the global batch.
+    /// Exact token mean of the loss over the global batch; null in the file where it is no finite number.
+    #[serde(with = "number_or_null")]
     pub loss: f64,
-    /// L2 norm of the gradient before clipping.
+    /// L2 norm of the gradient before clipping; null in the file where it is no finite number.
+    #[serde(with = "number_or_null")]
     pub grad_norm: f64,
     /// Learning rate of this step.
     pub lr: f64,
@@ -50,7 +52,8 @@ pub struct ValidationMetrics {
     pub epoch: usize,
     /// When, in UTC (RFC 3339, milliseconds).
     pub timestamp: String,
-    /// Token mean of the loss over the held-out set.
+    /// Token mean of the loss over the held-out set; null in the file where it is no finite number.
+    #[serde(with = "number_or_null")]
     pub val_loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -61,6 +64,19 @@ pub struct ValidationMetrics {
     /// Share of held-out answers that are right, 0 to 1, where answers can be checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
+}
+
+/// JSON has no infinities and no NaN: they are written as null, and null is read as NaN.
+pub(crate) mod number_or_null {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(number: &f64, to: S) -> Result<S::Ok, S::Error> {
+        number.is_finite().then_some(*number).serialize(to)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+    }
 }
 
 impl fmt::Display for StepMetrics {
@@ -159,6 +175,14 @@ impl MetricsFile {
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(failed)?;
         self.file.flush().map_err(failed)
+    }
+
+    /// Brings the lines to the medium, so that a checkpoint never knows of steps that the file has lost.
+    ///
+    /// # Errors
+    /// A disk that fails.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|source| Error::Write { path: self.path.clone(), source })
     }
 }
 
@@ -268,6 +292,15 @@ mod tests {
         file.write(&step(3)).unwrap();
         let steps: Vec<_> = read::<StepMetrics>(&path).unwrap().iter().map(|record| record.step).collect();
         assert_eq!(steps, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn losses_that_are_no_number_are_null_and_read_back() {
+        let nan = StepMetrics { loss: f64::NAN, grad_norm: f64::INFINITY, ..step(0) };
+        let line = serde_json::to_string(&nan).unwrap();
+        assert!(line.contains("\"loss\":null,\"grad_norm\":null"), "{line}");
+        let back: StepMetrics = serde_json::from_str(&line).unwrap();
+        assert!(back.loss.is_nan() && back.lr == nan.lr);
     }
 
     #[test]

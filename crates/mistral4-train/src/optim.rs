@@ -15,17 +15,27 @@ use crate::recipe::{OptimizerConfig, OptimizerKind};
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
-    states: BTreeMap<String, State>,
-    step: u64,
+    state: OptimizerState,
+}
+
+/// What an optimizer remembers.
+#[derive(Debug, Clone, Default)]
+pub struct OptimizerState {
+    /// Steps taken.
+    pub step: u64,
+    /// What is remembered of each parameter, by canonical key.
+    pub parameters: BTreeMap<String, ParameterState>,
 }
 
 /// What the optimizer remembers of one parameter, flat, f32.
-#[derive(Debug)]
-struct State {
-    exp_avg: Tensor<1>,
-    exp_avg_sq: Tensor<1>,
-    /// The parameter in full precision, where the model holds it in bf16.
-    master: Option<Tensor<1>>,
+#[derive(Debug, Clone)]
+pub struct ParameterState {
+    /// Running mean of the gradient, `[elements]`.
+    pub exp_avg: Tensor<1>,
+    /// Running mean of the squared gradient, `[elements]`.
+    pub exp_avg_sq: Tensor<1>,
+    /// The parameter in full precision, where the model holds it in bf16, `[elements]`.
+    pub master: Option<Tensor<1>>,
 }
 
 /// Factors of one step.
@@ -42,21 +52,37 @@ pub struct StepFactors {
 impl Optimizer {
     /// An optimizer without history.
     pub fn new(config: OptimizerConfig) -> Self {
-        Self { config, states: BTreeMap::new(), step: 0 }
+        Self::resume(config, OptimizerState::default())
+    }
+
+    /// An optimizer that goes on from `state`.
+    pub fn resume(config: OptimizerConfig, state: OptimizerState) -> Self {
+        Self { config, state }
+    }
+
+    /// What is remembered.
+    pub fn state(&self) -> &OptimizerState {
+        &self.state
     }
 
     /// Moves every parameter that has a gradient.
     ///
     /// Source: `torch.optim.AdamW`; with [`OptimizerKind::Adam`] weight decay is added to the gradient instead.
     pub fn step(&mut self, model: Mistral4, mut gradients: Gradients, factors: StepFactors) -> Mistral4 {
-        self.step += 1;
+        self.state.step += 1;
         model.map_parameters(|key, param| {
             let gradient = gradients.remove(key)?;
             Some(self.update(key, param, gradient, factors))
         })
     }
 
-    fn update(&mut self, key: &str, param: Tensor<1>, gradient: Tensor<1>, factors: StepFactors) -> Tensor<1> {
+    fn update(
+        &mut self,
+        key: &str,
+        param: Tensor<1>,
+        gradient: Tensor<1>,
+        factors: StepFactors,
+    ) -> Tensor<1> {
         let gradient = match self.config.kind {
             OptimizerKind::Adam if factors.weight_decay > 0.0 => {
                 gradient * factors.grad_scale + param.clone().cast(DType::F32) * factors.weight_decay
@@ -73,16 +99,18 @@ impl Optimizer {
             weight_decay: if self.config.kind == OptimizerKind::AdamW { factors.weight_decay } else { 0.0 },
             grad_scale: if decays_gradient { 1.0 } else { factors.grad_scale },
         };
-        let state = self.states.entry(key.to_owned()).or_insert_with(|| State::new(&param));
+        let step = self.state.step;
+        let entry = self.state.parameters.entry(key.to_owned());
+        let state = entry.or_insert_with(|| ParameterState::new(&param));
         if ops::is_fused(&param.device()) {
-            state.update_fused(&hyper, self.step, param, gradient)
+            state.update_fused(&hyper, step, param, gradient)
         } else {
-            state.update_composite(&hyper, self.step, param, gradient)
+            state.update_composite(&hyper, step, param, gradient)
         }
     }
 }
 
-impl State {
+impl ParameterState {
     fn new(param: &Tensor<1>) -> Self {
         let zeros = || Tensor::zeros(param.shape(), (&param.device(), DType::F32));
         let master = (param.dtype() != DType::F32).then(|| param.clone().cast(DType::F32));

@@ -287,7 +287,7 @@ impl StepScheduler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::OptimizerKind;
+    use crate::recipe::{OnLossSpike, OnNonFinite, OptimizerKind};
 
     fn optimizer() -> OptimizerConfig {
         OptimizerConfig {
@@ -424,6 +424,9 @@ mod tests {
             ckpt_every_steps: Some(4),
             save_checkpoint_every_epoch: true,
             val_every_steps: Some(3),
+            on_non_finite: OnNonFinite::Stop,
+            on_loss_spike: OnLossSpike::Report,
+            loss_spike_sigma: 6.0,
         }
     }
 

@@ -12,12 +12,13 @@ use mistral4_checkpoint::hub::{self, HubOptions};
 use mistral4_checkpoint::weights::{Checkpoint, DType};
 use mistral4_processor::Processor;
 use mistral4_processor::tokenizer::ImageConfig;
+use serde_json::Value;
 
+use crate::checkpoint::Saved;
 use crate::data::{DataContext, learn_tokenizer};
 use crate::error::{Error, Result};
 use crate::recipe::{
-    FreezeConfig, ModelConfig, ModelSource, Recipe, SoftmaxScaleOverride, TokenizerSource,
-    TorchDtype,
+    FreezeConfig, ModelConfig, ModelSource, Recipe, SoftmaxScaleOverride, TokenizerSource, TorchDtype,
 };
 
 /// Everything of a run that comes from its recipe, before the first step.
@@ -40,6 +41,14 @@ impl Setup {
     /// # Errors
     /// Whatever is wrong with the checkpoint, the configuration or the tokenizer, by file and key.
     pub fn new(recipe: &Recipe, device: &Device) -> Result<Self> {
+        Self::start(recipe, device, None)
+    }
+
+    /// As [`Setup::new`], with weights and learned tokenizer of a checkpoint of the run, where there is one.
+    ///
+    /// # Errors
+    /// As [`Setup::new`], and a checkpoint of another model.
+    pub(crate) fn start(recipe: &Recipe, device: &Device, saved: Option<&Saved>) -> Result<Self> {
         let options = ConfigOptions { softmax_scale: recipe.model.softmax_scale.map(policy) };
         let moe = MoeOptions {
             gate_bias_update_factor: recipe.model.gate_bias_update_factor,
@@ -47,25 +56,32 @@ impl Setup {
             train_gate: true,
             fake_balanced_gate: recipe.model.fake_balanced_gate,
         };
-        let (model, config, dtype, folder) = match &recipe.model.source {
-            ModelSource::Pretrained(name) => pretrained(name, &recipe.model, &options, moe, device)?,
-            ModelSource::FromConfig(name) => {
-                let (config, folder) = read_config(name, &options)?;
-                let dtype = storage_dtype(recipe.model.torch_dtype, &config);
-                let config = if recipe.model.multimodal { config } else { config.text_only() };
+        let Base { config, dtype, folder, checkpoint } = Base::open(&recipe.model, &options)?;
+        let checkpoint = match saved {
+            Some(saved) => Some(saved_weights(saved, recipe.rng.seed, &config, dtype, &options)?),
+            None => checkpoint,
+        };
+        let model = match &checkpoint {
+            Some(checkpoint) => {
+                checkpoint.check(&checkpoint.tensors())?;
+                Mistral4::new(&config.config, moe, &CheckpointSource { checkpoint, dtype }, device)?
+            }
+            None => {
                 let source = InitialSource::new(&config.config, recipe.rng.seed, dtype);
-                (Mistral4::new(&config.config, moe, &source, device)?, config, dtype, folder)
+                Mistral4::new(&config.config, moe, &source, device)?
             }
         };
         let model = model.freeze(frozen(recipe.freeze_config));
-        let (processor, carry_from) = processor(recipe, &config, folder)?;
+        let (processor, carry_from) = processor(recipe, &config, folder, saved)?;
         if let Some(processor) = &processor {
             let (tokens, rows) = (processor.tokenizer().vocab_size(), config.config.text.vocab_size);
             if tokens > rows {
                 return Err(Error::Inconsistent {
                     key: "dataset.tokenizer".to_owned(),
                     value: format!("{tokens} tokens"),
-                    message: format!("the model's vocab_size is {rows}; take a smaller vocabulary or a larger model"),
+                    message: format!(
+                        "the model's vocab_size is {rows}; take a smaller vocabulary or a larger model"
+                    ),
                 });
             }
         }
@@ -92,29 +108,71 @@ fn policy(scale: SoftmaxScaleOverride) -> SoftmaxScalePolicy {
     }
 }
 
-/// Model, configuration, storage type and folder of a checkpoint.
-type Opened = (Mistral4, ConfigFile, DType, Option<PathBuf>);
+/// What a recipe's `model` names.
+struct Base {
+    config: ConfigFile,
+    dtype: DType,
+    folder: Option<PathBuf>,
+    /// Weights to start from; `None` for fresh ones.
+    checkpoint: Option<Checkpoint>,
+}
 
-fn pretrained(
-    name: &str,
-    config: &ModelConfig,
+impl Base {
+    fn open(model: &ModelConfig, options: &ConfigOptions) -> Result<Self> {
+        match &model.source {
+            ModelSource::Pretrained(name) => {
+                let folder = hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?;
+                let checkpoint = Checkpoint::open(&folder, options)?;
+                let checkpoint = if model.multimodal {
+                    checkpoint.require_vision()?;
+                    checkpoint
+                } else {
+                    checkpoint.text_only()
+                };
+                let config = checkpoint.config_file().clone();
+                let dtype = storage_dtype(model.torch_dtype, &config);
+                Ok(Self { config, dtype, folder: Some(folder), checkpoint: Some(checkpoint) })
+            }
+            ModelSource::FromConfig(name) => {
+                let (config, folder) = read_config(name, options)?;
+                let dtype = storage_dtype(model.torch_dtype, &config);
+                let config = if model.multimodal { config } else { config.text_only() };
+                Ok(Self { config, dtype, folder, checkpoint: None })
+            }
+        }
+    }
+}
+
+/// The weights of a checkpoint of the run, which must be of the recipe's model.
+fn saved_weights(
+    saved: &Saved,
+    seed: u64,
+    config: &ConfigFile,
+    dtype: DType,
     options: &ConfigOptions,
-    moe: MoeOptions,
-    device: &Device,
-) -> Result<Opened> {
-    let folder = hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?;
-    let checkpoint = Checkpoint::open(&folder, options)?;
-    let checkpoint = if config.multimodal {
-        checkpoint.require_vision()?;
-        checkpoint
-    } else {
-        checkpoint.text_only()
+) -> Result<Checkpoint> {
+    saved.check(seed, dtype, config.config.softmax_scale.policy.name())?;
+    let checkpoint = Checkpoint::open(&saved.model_folder(), options)?;
+    // The checkpoint's configuration went through a file; so does this one.
+    let current = ConfigFile::from_value(config.to_hf_json(), &config.path, options)?.config;
+    if checkpoint.config() != &current {
+        let (was, is) = (checkpoint.config().to_hf_json(), current.to_hf_json());
+        let (key, was, is) = difference("", &was, &is).unwrap_or_default();
+        return Err(saved.incompatible(&format!("the model's {key}"), was, is));
+    }
+    Ok(checkpoint)
+}
+
+/// The first key whose value differs, with both values.
+fn difference(key: &str, a: &Value, b: &Value) -> Option<(String, String, String)> {
+    let (Some(left), Some(right)) = (a.as_object(), b.as_object()) else {
+        return (a != b).then(|| (key.to_owned(), a.to_string(), b.to_string()));
     };
-    checkpoint.check(&checkpoint.tensors())?;
-    let dtype = storage_dtype(config.torch_dtype, checkpoint.config_file());
-    let source = CheckpointSource { checkpoint: &checkpoint, dtype };
-    let model = Mistral4::new(checkpoint.config(), moe, &source, device)?;
-    Ok((model, checkpoint.config_file().clone(), dtype, Some(folder)))
+    let only_right = right.keys().filter(|name| !left.contains_key(*name));
+    left.keys().chain(only_right).find_map(|name| {
+        let path = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+        difference(&path, a.get(name).unwrap_or(&Value::Null), b.get(name).unwrap_or(&Value::Null))
+    })
 }
 
 /// A configuration by file, folder, preset or hub id, with the folder it lies in.
@@ -163,20 +221,32 @@ fn processor(
     recipe: &Recipe,
     config: &ConfigFile,
     folder: Option<PathBuf>,
+    saved: Option<&Saved>,
 ) -> Result<(Option<Arc<Processor>>, Option<PathBuf>)> {
     let folder = match &recipe.dataset.tokenizer {
         TokenizerSource::Model => folder,
         TokenizerSource::Path(name) => Some(hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?),
         TokenizerSource::Learned { vocab_size } => {
-            let image = config.config.vision.as_ref().map(|vision| ImageConfig {
-                image_patch_size: vision.vision_config.patch_size,
-                max_image_size: vision.vision_config.image_size,
-                spatial_merge_size: vision.spatial_merge_size,
-            });
             let folder = recipe.checkpoint.checkpoint_dir.join("tokenizer");
             let failed = |source| Error::Write { path: folder.clone(), source };
             std::fs::create_dir_all(&folder).map_err(failed)?;
-            learn_tokenizer(&recipe.dataset, *vocab_size, image)?.write(&folder.join("tekken.json"))?;
+            let file = folder.join("tekken.json");
+            match saved {
+                // A resumed run keeps the vocabulary that its weights were trained with.
+                Some(saved) => {
+                    let kept = saved.model_folder().join("tekken.json");
+                    let bytes = std::fs::read(&kept).map_err(|source| Error::Read { path: kept, source })?;
+                    std::fs::write(&file, bytes).map_err(|source| Error::Write { path: file, source })?;
+                }
+                None => {
+                    let image = config.config.vision.as_ref().map(|vision| ImageConfig {
+                        image_patch_size: vision.vision_config.patch_size,
+                        max_image_size: vision.vision_config.image_size,
+                        spatial_merge_size: vision.spatial_merge_size,
+                    });
+                    learn_tokenizer(&recipe.dataset, *vocab_size, image)?.write(&file)?;
+                }
+            }
             Some(folder)
         }
     };

@@ -1,25 +1,27 @@
 //! The training loop.
 
+mod measure;
+mod start;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
 use mistral4::model::Mistral4;
-use mistral4_checkpoint::config::ConfigForm;
-use mistral4_checkpoint::weights::{SaveDType, SaveOptions};
 
-use crate::backward::{
-    Activations, Gradients, LabelledInputs, LossScale, MicroBatchLoss, evaluate, forward_backward,
-};
-use crate::data::{self, Batch, Loader, LoaderOptions};
-use crate::error::{Error, Result};
+use crate::backward::{Activations, Gradients, LabelledInputs, LossScale, MicroBatchLoss, forward_backward};
+use crate::checkpoint::{Disk, Losses, ModelFiles, Saver, Snapshot};
+use crate::data::{Batch, Loader};
+use crate::error::Result;
+use crate::guard::{BatchLoss, Guard, StepOutcome, Verdict};
 use crate::metrics::{MetricsFile, StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
 use crate::optim::{Optimizer, StepFactors};
 use crate::plot::RunPlot;
 use crate::recipe::Recipe;
 use crate::schedule::{LrSchedule, StepScheduler, StepState};
 use crate::setup::Setup;
+use measure::{count, load_metrics, subtitle, validate};
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -52,11 +54,11 @@ pub struct Run {
     pub model: Mistral4,
     /// Model, tokenizer and data as they were set up.
     pub setup: Setup,
-    /// The last checkpoint, if any was written.
+    /// The last checkpoint, if there is any.
     pub checkpoint: Option<PathBuf>,
-    /// Every step.
+    /// Every step, those before a resumption included.
     pub steps: Vec<StepMetrics>,
-    /// Every validation of the first held-out set.
+    /// Every validation of the first held-out set, those before a resumption included.
     pub validations: Vec<ValidationMetrics>,
     /// The picture of the loss.
     pub picture: PathBuf,
@@ -64,83 +66,104 @@ pub struct Run {
     pub interrupted: bool,
 }
 
+/// A held-out set.
 struct HeldOut {
     name: String,
     loader: Loader,
     file: MetricsFile,
 }
 
+/// A run under way: everything that a step reads or changes.
+struct Training {
+    /// The model is here, and is replaced at every step.
+    setup: Setup,
+    optimizer: Optimizer,
+    loader: Loader,
+    held_out: Vec<HeldOut>,
+    scheduler: StepScheduler,
+    schedule: LrSchedule,
+    guard: Guard,
+    log: MetricsFile,
+    saver: Saver,
+    steps: Vec<StepMetrics>,
+    validations: Vec<ValidationMetrics>,
+    /// The last complete checkpoint.
+    checkpoint: Option<PathBuf>,
+}
+
 /// Runs a recipe to its end, or until `interrupted` is set: then the step under way is finished and saved.
+///
+/// A run whose folder holds checkpoints goes on from the last one, as if it had never stopped.
 ///
 /// Order of a step: backward over its micro-batches, clipping, optimizer, gate bias, learning rate.
 ///
 /// # Errors
-/// Whatever is wrong with the recipe's files, a loss that is no number, or a disk that fails.
+/// Whatever is wrong with the recipe's files or the checkpoint to go on from, a loss that is no number, or a disk that
+/// fails.
 pub fn run(
     recipe: &Recipe,
     device: &Device,
     interrupted: &AtomicBool,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
+    run_on(Disk::default(), recipe, device, interrupted, observe)
+}
+
+/// As [`run`], with checkpoints saved to `disk`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(
+    disk: Disk,
+    recipe: &Recipe,
+    device: &Device,
+    interrupted: &AtomicBool,
+    observe: &mut dyn FnMut(Event<'_>),
+) -> Result<Run> {
     recipe.check_runnable()?;
-    let folder = &recipe.checkpoint.checkpoint_dir;
-    std::fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.clone(), source })?;
-    let mut setup = Setup::new(recipe, device)?;
-    let context = setup.data_context(recipe.rng.seed);
-    let pad_id = setup.pad_id();
-    let dataset = data::open(&recipe.dataset, &context)?;
-    let mut loader = Loader::new(dataset, LoaderOptions::training(recipe, pad_id))?;
-    note_skipped(&loader, observe);
-    let mut held_out = Vec::new();
-    for set in &recipe.validation {
-        let dataset = data::open(&set.dataset, &context)?;
-        let options = LoaderOptions::validation(recipe, &set.dataset, pad_id);
-        let file = if set.name == "default" { "validation".into() } else { format!("validation_{}", set.name) };
-        held_out.push(HeldOut {
-            name: set.name.clone(),
-            loader: Loader::new(dataset, options)?,
-            file: MetricsFile::open(&folder.join(format!("{file}.jsonl")), 0)?,
-        });
-    }
-    let mut scheduler = StepScheduler::new(&recipe.step_scheduler, loader.batches_per_epoch(), 1)?;
-    let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, scheduler.total_steps())?;
-    let mut optimizer = Optimizer::new(recipe.optimizer.clone());
-    let mut log = MetricsFile::open(&folder.join("training.jsonl"), 0)?;
+    let mut t = Training::start(disk, recipe, device, observe)?;
+    let total_steps = t.scheduler.total_steps();
+    observe(Event::Started { total_steps, parameters: count(&t.setup.model) });
     let activations = match recipe.distributed.activation_checkpointing {
         true => Activations::Recomputed,
         false => Activations::Kept,
     };
-
-    let mut model = setup.model.clone();
-    observe(Event::Started { total_steps: scheduler.total_steps(), parameters: count(&model) });
-    let (mut steps, mut validations, mut checkpoint) = (Vec::new(), Vec::new(), None);
     let mut stopped = false;
-    while !scheduler.is_finished() && !stopped {
+    while !t.scheduler.is_finished() && !stopped {
         let started = Instant::now();
-        let StepState { step, epoch } = scheduler.state();
-        let next = loader.next_step(scheduler.grad_acc_steps())?;
-        let (label_tokens, tokens, ends_epoch) = (next.num_label_tokens(), next.num_tokens(), next.ends_epoch);
+        let at = t.scheduler.state();
+        let next = t.loader.next_step(t.scheduler.grad_acc_steps())?;
+        let (label_tokens, tokens, ends_epoch) =
+            (next.num_label_tokens(), next.num_tokens(), next.ends_epoch);
 
         let mut gradients = Gradients::default();
-        let measured = accumulate(&model, next.batches, label_tokens, activations, &mut gradients, device)?;
-        let grad_norm = gradients.norm();
+        let (measured, batches) =
+            accumulate(&t.setup.model, next.batches, label_tokens, activations, &mut gradients, device)?;
         let loss = measured.loss_sum / label_tokens.max(1) as f64;
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(Error::NotFinite { step, loss, grad_norm });
+        let grad_norm = gradients.norm();
+        let verdict = t.guard.judge(&StepOutcome { step: at.step, loss, grad_norm, batches: &batches })?;
+        if let Verdict::Report(message) | Verdict::Skip(_, message) = &verdict {
+            observe(Event::Note(message.clone()));
         }
         let factors = StepFactors {
-            lr: schedule.lr(step),
-            weight_decay: schedule.wd(step),
+            lr: t.schedule.lr(at.step),
+            weight_decay: t.schedule.wd(at.step),
             grad_scale: clip_coefficient(grad_norm, recipe.max_grad_norm),
         };
-        model = optimizer.step(model, gradients, factors);
-        let factor = recipe.model.gate_bias_update_factor;
-        model.text_mut().model.update_moe_gate_bias(&measured.loads, factor);
+        let mut more = load_metrics(&measured);
+        if let Verdict::Skip(reason, _) = verdict {
+            more.insert("skipped".into(), reason.into());
+            more.insert("skipped_steps".into(), t.guard.state().skipped_steps.into());
+        } else {
+            t.setup.model = t.optimizer.step(t.setup.model, gradients, factors);
+            let factor = recipe.model.gate_bias_update_factor;
+            t.setup.model.text_mut().model.update_moe_gate_bias(&measured.loads, factor);
+        }
 
         let tps = tokens as f64 / started.elapsed().as_secs_f64();
         let metrics = StepMetrics {
-            step,
-            epoch,
+            step: at.step,
+            epoch: at.epoch,
             timestamp: timestamp(),
             loss,
             grad_norm,
@@ -150,42 +173,115 @@ pub fn run(
             tps_per_gpu: tps,
             num_tokens_per_step: tokens,
             num_label_tokens: label_tokens,
-            more: load_metrics(&measured),
+            more,
         };
-        log.write(&metrics)?;
+        t.log.write(&metrics)?;
         observe(Event::Step(&metrics));
-        steps.push(metrics);
+        t.steps.push(metrics);
 
         stopped = interrupted.load(Ordering::Relaxed);
-        let validates = scheduler.is_val_step(ends_epoch) && !stopped;
-        let saves = scheduler.is_ckpt_step(ends_epoch) || stopped;
-        if validates {
-            for (index, set) in held_out.iter_mut().enumerate() {
-                let metrics = validate(&model, set, (step, epoch), factors.lr, device)?;
-                observe(Event::Validation { name: &set.name, metrics: &metrics });
-                if index == 0 {
-                    validations.push(metrics);
-                }
-            }
-        }
+        let validates = t.scheduler.is_val_step(ends_epoch) && !stopped;
+        let saves = t.scheduler.is_ckpt_step(ends_epoch) || stopped;
+        t.scheduler.advance(ends_epoch);
+        let held_out = if validates { t.validate(at, factors.lr, device, observe)? } else { Vec::new() };
         if saves && recipe.checkpoint.enabled {
-            let path = folder.join(format!("epoch_{epoch}_step_{step}"));
-            save(&model, &setup, &path, recipe)?;
-            point_latest(folder, &path)?;
-            observe(Event::Saved(&path));
-            checkpoint = Some(path);
+            t.save(at, recipe, Losses::new(loss, &held_out), observe)?;
         }
-        scheduler.advance(ends_epoch);
     }
-    let picture = folder.join("loss.svg");
-    let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
-    let subtitle = subtitle(&steps, &model);
-    RunPlot { title: &title, subtitle: &subtitle, steps: &steps, validations: &validations }.write(&picture)?;
-    setup.model = model.clone();
-    Ok(Run { model, setup, checkpoint, steps, validations, picture, interrupted: stopped })
+    t.finish(recipe, stopped, observe)
 }
 
-/// Forward and backward over the micro-batches of one step.
+impl Training {
+    /// Measures every held-out set; returns names and losses.
+    fn validate(
+        &mut self,
+        at: StepState,
+        lr: f64,
+        device: &Device,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<(String, f64)>> {
+        let mut losses = Vec::with_capacity(self.held_out.len());
+        for (index, set) in self.held_out.iter_mut().enumerate() {
+            let metrics = validate(&self.setup.model, set, at, lr, device)?;
+            observe(Event::Validation { name: &set.name, metrics: &metrics });
+            losses.push((set.name.clone(), metrics.val_loss));
+            if index == 0 {
+                self.validations.push(metrics);
+            }
+        }
+        Ok(losses)
+    }
+
+    /// Saves, or begins to save, the run as it is after the step `at`.
+    fn save(
+        &mut self,
+        at: StepState,
+        recipe: &Recipe,
+        losses: Losses,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<()> {
+        self.log.sync()?;
+        for set in &self.held_out {
+            set.file.sync()?;
+        }
+        let snapshot = Snapshot {
+            state: self.scheduler.state(),
+            parameters: self.setup.model.parameters(),
+            model: ModelFiles {
+                config: self.setup.config.clone(),
+                dtype: self.setup.dtype,
+                carry_from: self.setup.carry_from.clone(),
+            },
+            optimizer: self.optimizer.state().clone(),
+            loader: self.loader.state(),
+            seed: recipe.rng.seed,
+            guard: self.guard.state().clone(),
+            losses,
+            recipe: recipe.to_yaml().to_owned(),
+        };
+        let name = format!("epoch_{}_step_{}", at.epoch, at.step);
+        let saved = self.saver.save(name, snapshot)?;
+        self.note_saved(saved, observe);
+        Ok(())
+    }
+
+    fn note_saved(&mut self, saved: Option<PathBuf>, observe: &mut dyn FnMut(Event<'_>)) {
+        if let Some(path) = saved {
+            observe(Event::Saved(&path));
+            self.checkpoint = Some(path);
+        }
+    }
+
+    /// Waits for the last save and draws the picture.
+    fn finish(
+        mut self,
+        recipe: &Recipe,
+        interrupted: bool,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Run> {
+        let saved = self.saver.wait()?;
+        self.note_saved(saved, observe);
+        let folder = &recipe.checkpoint.checkpoint_dir;
+        let picture = folder.join("loss.svg");
+        let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
+        let finite: Vec<StepMetrics> =
+            self.steps.iter().filter(|step| step.loss.is_finite()).cloned().collect();
+        let subtitle = subtitle(&self.steps, &self.setup.model);
+        RunPlot { title: &title, subtitle: &subtitle, steps: &finite, validations: &self.validations }
+            .write(&picture)?;
+        Ok(Run {
+            model: self.setup.model.clone(),
+            setup: self.setup,
+            checkpoint: self.checkpoint,
+            steps: self.steps,
+            validations: self.validations,
+            picture,
+            interrupted,
+        })
+    }
+}
+
+/// Forward and backward over the micro-batches of one step: what they measured together, and each one's loss.
 fn accumulate(
     model: &Mistral4,
     batches: Vec<Batch>,
@@ -193,11 +289,16 @@ fn accumulate(
     activations: Activations,
     gradients: &mut Gradients,
     device: &Device,
-) -> Result<MicroBatchLoss> {
-    let scale = LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / batches.len().max(1) as f64 };
+) -> Result<(MicroBatchLoss, Vec<BatchLoss>)> {
+    let scale =
+        LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / batches.len().max(1) as f64 };
     let mut sum = MicroBatchLoss::default();
-    for batch in batches {
-        let part = forward_backward(model, &LabelledInputs::new(batch, device), scale, activations, gradients)?;
+    let mut each = Vec::with_capacity(batches.len());
+    for mut batch in batches {
+        let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
+        let part =
+            forward_backward(model, &LabelledInputs::new(batch, device), scale, activations, gradients)?;
+        each.push(BatchLoss { rows, loss_sum: part.loss_sum + part.aux_loss, label_tokens });
         sum.loss_sum += part.loss_sum;
         sum.aux_loss += part.aux_loss * scale.aux;
         if sum.loads.is_empty() {
@@ -208,7 +309,7 @@ fn accumulate(
             sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
         }
     }
-    Ok(sum)
+    Ok((sum, each))
 }
 
 /// The factor that brings the gradient's norm down to `max_norm`.
@@ -216,112 +317,4 @@ fn accumulate(
 /// Source: `torch.nn.utils.clip_grad_norm_`.
 fn clip_coefficient(norm: f64, max_norm: Option<f64>) -> f64 {
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
-}
-
-/// How evenly the experts were used: over layers, the mean entropy of their load (1: even) and the worst ratio of the
-/// fullest expert to the mean.
-fn load_metrics(measured: &MicroBatchLoss) -> serde_json::Map<String, serde_json::Value> {
-    let mut more = serde_json::Map::new();
-    let layers: Vec<&Vec<u64>> =
-        measured.loads.iter().map(|(_, load)| load).filter(|load| load.iter().sum::<u64>() > 0).collect();
-    if layers.is_empty() {
-        return more;
-    }
-    let entropy = |load: &&Vec<u64>| {
-        let total = load.iter().sum::<u64>() as f64;
-        let shares = load.iter().filter(|&&l| l > 0).map(|&l| l as f64 / total);
-        -shares.map(|p| p * p.ln()).sum::<f64>() / (load.len().max(2) as f64).ln()
-    };
-    let fullest = |load: &&Vec<u64>| {
-        let mean = load.iter().sum::<u64>() as f64 / load.len() as f64;
-        load.iter().copied().max().unwrap_or(0) as f64 / mean
-    };
-    let mean_entropy = layers.iter().map(entropy).sum::<f64>() / layers.len() as f64;
-    more.insert("expert_load_entropy".into(), mean_entropy.into());
-    more.insert("expert_load_max_over_mean".into(), layers.iter().map(fullest).fold(0.0, f64::max).into());
-    if measured.aux_loss > 0.0 {
-        more.insert("aux_loss".into(), measured.aux_loss.into());
-    }
-    more
-}
-
-/// The token-mean loss over a held-out set.
-fn validate(
-    model: &Mistral4,
-    set: &mut HeldOut,
-    (step, epoch): (usize, usize),
-    lr: f64,
-    device: &Device,
-) -> Result<ValidationMetrics> {
-    let (mut loss, mut tokens) = (0.0, 0);
-    while let Some(batch) = set.loader.next_batch()? {
-        tokens += batch.num_label_tokens;
-        loss += evaluate(model, &LabelledInputs::new(batch, device))?;
-    }
-    let metrics = ValidationMetrics {
-        step,
-        epoch,
-        timestamp: timestamp(),
-        val_loss: loss / tokens.max(1) as f64,
-        lr,
-        num_label_tokens: tokens,
-        mem: peak_memory_gib(),
-        accuracy: None,
-    };
-    set.file.write(&metrics)?;
-    Ok(metrics)
-}
-
-/// Writes `model/consolidated` (a Hugging Face folder) and `config.yaml` (the recipe) under `path`.
-fn save(model: &Mistral4, setup: &Setup, path: &Path, recipe: &Recipe) -> Result<()> {
-    let folder = path.join("model").join("consolidated");
-    std::fs::create_dir_all(&folder).map_err(|source| Error::Write { path: folder.clone(), source })?;
-    let options = SaveOptions {
-        dtype: SaveDType::Float(setup.dtype),
-        form: ConfigForm::Hf,
-        carry_from: setup.carry_from.as_deref(),
-        ..SaveOptions::default()
-    };
-    model.save(&folder, &setup.config, &options)?;
-    let yaml = path.join("config.yaml");
-    std::fs::write(&yaml, recipe.to_yaml()).map_err(|source| Error::Write { path: yaml, source })
-}
-
-/// Points `LATEST` in the run's folder at a checkpoint, in one rename.
-fn point_latest(folder: &Path, checkpoint: &Path) -> Result<()> {
-    let name = checkpoint.file_name().expect("checkpoints have names");
-    let (latest, fresh) = (folder.join("LATEST"), folder.join(".LATEST.new"));
-    let failed = |source| Error::Write { path: latest.clone(), source };
-    if fresh.symlink_metadata().is_ok() {
-        std::fs::remove_file(&fresh).map_err(failed)?;
-    }
-    #[cfg(unix)]
-    std::os::unix::fs::symlink(name, &fresh).map_err(failed)?;
-    #[cfg(not(unix))]
-    std::fs::write(&fresh, name.to_string_lossy().as_bytes()).map_err(failed)?;
-    std::fs::rename(&fresh, &latest).map_err(failed)
-}
-
-fn count(model: &Mistral4) -> (usize, usize) {
-    let parameters = model.parameters();
-    let elements = |p: &mistral4::weights::NamedTensor| p.shape.iter().product::<usize>();
-    (parameters.iter().filter(|p| p.trainable).map(elements).sum(), parameters.iter().map(elements).sum())
-}
-
-fn subtitle(steps: &[StepMetrics], model: &Mistral4) -> String {
-    let tokens: usize = steps.iter().map(|step| step.num_tokens_per_step).sum();
-    let seconds: f64 = steps.iter().map(|step| step.num_tokens_per_step as f64 / step.tps).sum();
-    let millions = count(model).1 as f64 / 1e6;
-    format!("{millions:.2} M parameters, {} steps, {tokens} tokens in {seconds:.0} s", steps.len())
-}
-
-fn note_skipped(loader: &Loader, observe: &mut dyn FnMut(Event<'_>)) {
-    let skipped = loader.skipped();
-    if skipped.unusable + skipped.too_long > 0 {
-        let first = skipped.messages.first().map_or(String::new(), |m| format!("; first: {m}"));
-        observe(Event::Note(format!(
-            "left out {} malformed rows and {} that are too long{first}",
-            skipped.unusable, skipped.too_long
-        )));
-    }
 }

@@ -20,7 +20,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use checkpoint::CheckpointConfig;
+pub use checkpoint::{CheckpointConfig, RestoreFrom};
 pub use dataset::{
     ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, OnError, PackedSequenceConfig, Split,
     TextDatasetConfig, TokenizerSource,
@@ -31,8 +31,8 @@ pub use model::{
 pub use overrides::{Override, parse_overrides};
 pub use report::{Effect, RecipeReport, ReportEntry};
 pub use training::{
-    LrDecayStyle, LrSchedulerConfig, OptimizerConfig, OptimizerKind, RngConfig, StepSchedulerConfig,
-    WdIncrStyle, WsdDecayStyle,
+    LrDecayStyle, LrSchedulerConfig, OnLossSpike, OnNonFinite, OptimizerConfig, OptimizerKind, RngConfig,
+    StepSchedulerConfig, WdIncrStyle, WsdDecayStyle,
 };
 
 use crate::error::{Error, Result};
@@ -165,6 +165,16 @@ impl Recipe {
                     (global / local).max(1) * local,
                     (global / local + 1) * local
                 ),
+            });
+        }
+        let key = &self.checkpoint.best_metric_key;
+        if self.validation.len() > 1 && key != "default" && self.validation.iter().all(|set| set.name != *key)
+        {
+            let names: Vec<&str> = self.validation.iter().map(|set| set.name.as_str()).collect();
+            return Err(Error::Inconsistent {
+                key: "checkpoint.best_metric_key".to_owned(),
+                value: key.clone(),
+                message: format!("no held-out set has this name; there are {}", names.join(", ")),
             });
         }
         for set in &self.validation {

@@ -20,10 +20,40 @@ pub struct StepSchedulerConfig {
     pub save_checkpoint_every_epoch: bool,
     /// Steps between validations; `None`: only at checkpoints.
     pub val_every_steps: Option<usize>,
+    /// What happens at a step whose loss or gradient norm is no finite number.
+    pub on_non_finite: OnNonFinite,
+    /// What happens at a step whose loss is far above those before it.
+    pub on_loss_spike: OnLossSpike,
+    /// How many standard deviations above the mean of the last losses a spike begins.
+    pub loss_spike_sigma: f64,
+}
+
+/// What happens at a step whose loss or gradient norm is no finite number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnNonFinite {
+    /// The run ends with an error.
+    Stop,
+    /// The step changes nothing and is counted.
+    Skip,
+}
+
+/// What happens at a step whose loss is far above those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLossSpike {
+    /// It is reported and taken.
+    Report,
+    /// The step changes nothing and is counted.
+    Skip,
+    /// The run ends with an error.
+    Stop,
 }
 
 impl StepSchedulerConfig {
     pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+        const NON_FINITE: [(&str, OnNonFinite); 2] =
+            [("stop", OnNonFinite::Stop), ("skip", OnNonFinite::Skip)];
+        const SPIKE: [(&str, OnLossSpike); 3] =
+            [("report", OnLossSpike::Report), ("skip", OnLossSpike::Skip), ("stop", OnLossSpike::Stop)];
         let mut s = root.section("step_scheduler")?;
         let global = s.count("global_batch_size", "samples of one optimizer step")?;
         let local = s.count("local_batch_size", "samples of one forward and backward pass")?;
@@ -46,6 +76,22 @@ impl StepSchedulerConfig {
                 .unwrap_or(true),
             val_every_steps: s
                 .count("val_every_steps", "the held-out loss is measured every so many steps")?,
+            on_non_finite: s
+                .name(
+                    "on_non_finite",
+                    "what happens at a loss or gradient norm that is no number",
+                    &NON_FINITE,
+                )?
+                .unwrap_or(OnNonFinite::Stop),
+            on_loss_spike: s
+                .name("on_loss_spike", "what happens at a loss far above those before it", &SPIKE)?
+                .unwrap_or(OnLossSpike::Report),
+            loss_spike_sigma: s
+                .non_negative(
+                    "loss_spike_sigma",
+                    "standard deviations above the mean at which a spike begins",
+                )?
+                .unwrap_or(6.0),
         };
         s.none_of_effect(&["gc_every_steps"], "there is no garbage collector to run");
         s.none_of_effect(

@@ -1,0 +1,297 @@
+//! What a checkpoint holds, and its files.
+//!
+//! ```text
+//! epoch_E_step_S/
+//!   config.yaml  losses.json  step_scheduler.json  trainer.json
+//!   model/consolidated/                  a Hugging Face folder
+//!   optim/exp_avg.safetensors  exp_avg_sq.safetensors  master.safetensors  optimizer.json
+//!   dataloader/dataloader_dp_rank_0.json
+//!   rng/rng_global_rank_0.json
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use mistral4::weights::{NamedTensor, host_tensor};
+use mistral4_checkpoint::config::{ConfigFile, ConfigForm};
+use mistral4_checkpoint::weights::{self, DType, SaveDType, SaveOptions};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::disk::{Disk, Operation};
+use super::tensors;
+use crate::data::LoaderState;
+use crate::error::{Error, Result};
+use crate::guard::GuardState;
+use crate::metrics::number_or_null;
+use crate::optim::{OptimizerState, ParameterState};
+use crate::schedule::StepState;
+
+const FORMAT_VERSION: u32 = 1;
+const LOSSES: &str = "losses.json";
+const STEP_SCHEDULER: &str = "step_scheduler.json";
+const TRAINER: &str = "trainer.json";
+const OPTIMIZER: &str = "optim/optimizer.json";
+const DATALOADER: &str = "dataloader/dataloader_dp_rank_0.json";
+const RNG: &str = "rng/rng_global_rank_0.json";
+const MODEL: &str = "model/consolidated";
+const EXP_AVG: &str = "optim/exp_avg.safetensors";
+const EXP_AVG_SQ: &str = "optim/exp_avg_sq.safetensors";
+const MASTER: &str = "optim/master.safetensors";
+
+/// How the model's folder is written.
+#[derive(Debug, Clone)]
+pub(crate) struct ModelFiles {
+    /// Its configuration.
+    pub(crate) config: ConfigFile,
+    /// Storage type of the weights.
+    pub(crate) dtype: DType,
+    /// Folder whose tokenizer and processor files go along.
+    pub(crate) carry_from: Option<PathBuf>,
+}
+
+/// A run after a step: everything that the next step depends on.
+pub(crate) struct Snapshot {
+    /// The next step.
+    pub(crate) state: StepState,
+    /// The model's parameters.
+    pub(crate) parameters: Vec<NamedTensor>,
+    /// How they are written.
+    pub(crate) model: ModelFiles,
+    /// The optimizer.
+    pub(crate) optimizer: OptimizerState,
+    /// The next batch.
+    pub(crate) loader: LoaderState,
+    /// Seed of the data order and of made-up data; all that is random is a function of it and of the position.
+    pub(crate) seed: u64,
+    /// What is remembered about earlier losses.
+    pub(crate) guard: GuardState,
+    /// Losses of the last step.
+    pub(crate) losses: Losses,
+    /// The recipe.
+    pub(crate) recipe: String,
+}
+
+/// `losses.json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Losses {
+    /// Loss of the step.
+    #[serde(with = "number_or_null")]
+    pub(crate) train_loss: f64,
+    /// Held-out losses by the name of the set; a single one is called `val_loss`.
+    #[serde(flatten)]
+    pub(crate) held_out: BTreeMap<String, f64>,
+}
+
+/// `trainer.json`.
+#[derive(Serialize, Deserialize)]
+struct TrainerFile {
+    format_version: u32,
+    dtype: String,
+    softmax_scale: String,
+    guard: GuardState,
+}
+
+#[derive(Serialize, Deserialize)]
+struct OptimizerFile {
+    step: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RngFile {
+    seed: u64,
+}
+
+impl Losses {
+    /// Losses of a step and of the held-out sets that were measured after it.
+    pub(crate) fn new(train_loss: f64, held_out: &[(String, f64)]) -> Self {
+        let finite = held_out.iter().filter(|(_, loss)| loss.is_finite()).cloned();
+        let name = |name| if held_out.len() == 1 { "val_loss".to_owned() } else { name };
+        Self { train_loss, held_out: finite.map(|(key, loss)| (name(key), loss)).collect() }
+    }
+
+    /// Those of a checkpoint; a checkpoint without them has no held-out loss.
+    pub(super) fn read(checkpoint: &Path) -> Result<Self> {
+        let path = checkpoint.join(LOSSES);
+        if path.exists() { json(&path) } else { Ok(Self::default()) }
+    }
+
+    /// The held-out loss that checkpoints are compared by.
+    pub(super) fn metric(&self, key: &str) -> Option<f64> {
+        let loss = self.held_out.get("val_loss").or_else(|| self.held_out.get(key));
+        loss.copied()
+    }
+}
+
+impl Snapshot {
+    /// Whether a folder is a complete checkpoint of this form.
+    pub(super) fn is_at(folder: &Path) -> bool {
+        folder.join(STEP_SCHEDULER).is_file()
+    }
+
+    /// The next step of a checkpoint.
+    pub(super) fn read_state(folder: &Path) -> Result<StepState> {
+        json(&folder.join(STEP_SCHEDULER))
+    }
+
+    /// Writes every file under `folder` and brings it to the medium.
+    pub(super) fn write(&self, disk: &Disk, folder: &Path) -> Result<()> {
+        for part in ["", MODEL, "optim", "dataloader", "rng"] {
+            disk.create_folder(&folder.join(part))?;
+        }
+        self.write_model(disk, &folder.join(MODEL))?;
+        self.write_optimizer(disk, folder)?;
+        let trainer = TrainerFile {
+            format_version: FORMAT_VERSION,
+            dtype: self.model.dtype.torch_name().to_owned(),
+            softmax_scale: self.model.config.config.softmax_scale.policy.name().to_owned(),
+            guard: self.guard.clone(),
+        };
+        disk.write(&folder.join(TRAINER), &pretty(&trainer))?;
+        disk.write(&folder.join(DATALOADER), &pretty(&self.loader))?;
+        disk.write(&folder.join(RNG), &pretty(&RngFile { seed: self.seed }))?;
+        disk.write(&folder.join(LOSSES), &pretty(&self.losses))?;
+        disk.write(&folder.join("config.yaml"), self.recipe.as_bytes())?;
+        disk.write(&folder.join(STEP_SCHEDULER), &pretty(&self.state))?;
+        for part in ["model", "optim", "dataloader", "rng", ""] {
+            disk.sync_folder(&folder.join(part))?;
+        }
+        Ok(())
+    }
+
+    fn write_model(&self, disk: &Disk, folder: &Path) -> Result<()> {
+        let parameters: HashMap<&str, &NamedTensor> =
+            self.parameters.iter().map(|parameter| (parameter.key.as_str(), parameter)).collect();
+        let options = SaveOptions {
+            dtype: SaveDType::Float(self.model.dtype),
+            form: ConfigForm::Hf,
+            carry_from: self.model.carry_from.as_deref(),
+            ..SaveOptions::default()
+        };
+        weights::save(folder, &self.model.config, &options, |spec| {
+            disk.ask(Operation::Write, folder)?;
+            let parameter = parameters.get(spec.key.as_str());
+            let parameter = parameter.unwrap_or_else(|| panic!("{} is missing from the model", spec.key));
+            Ok::<_, Error>(host_tensor((*parameter).clone()))
+        })?;
+        Ok(())
+    }
+
+    fn write_optimizer(&self, disk: &Disk, folder: &Path) -> Result<()> {
+        let shapes: HashMap<&str, &[usize]> =
+            self.parameters.iter().map(|parameter| (parameter.key.as_str(), &*parameter.shape)).collect();
+        let states = || self.optimizer.parameters.iter();
+        let shape = |key: &String| shapes[key.as_str()];
+        let exp_avg: Vec<_> = states().map(|(key, s)| (key.as_str(), shape(key), &s.exp_avg)).collect();
+        let exp_avg_sq: Vec<_> = states().map(|(key, s)| (key.as_str(), shape(key), &s.exp_avg_sq)).collect();
+        let master: Vec<_> =
+            states().filter_map(|(key, s)| Some((key.as_str(), shape(key), s.master.as_ref()?))).collect();
+        tensors::write(disk, &folder.join(EXP_AVG), &exp_avg)?;
+        tensors::write(disk, &folder.join(EXP_AVG_SQ), &exp_avg_sq)?;
+        tensors::write(disk, &folder.join(MASTER), &master)?;
+        disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer.step }))
+    }
+}
+
+/// A checkpoint that was read, apart from the model's weights.
+pub(crate) struct Saved {
+    /// The checkpoint.
+    pub(crate) folder: PathBuf,
+    /// The next step.
+    pub(crate) state: StepState,
+    /// The next batch.
+    pub(crate) loader: LoaderState,
+    /// What is remembered about earlier losses.
+    pub(crate) guard: GuardState,
+    seed: u64,
+    dtype: String,
+    softmax_scale: String,
+}
+
+impl Saved {
+    /// Reads a checkpoint's small files.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged, and a later form of checkpoints.
+    pub(crate) fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(TRAINER);
+        let trainer: TrainerFile = json(&path)?;
+        if trainer.format_version != FORMAT_VERSION {
+            let message = format!(
+                "format_version is {}, this release reads {FORMAT_VERSION}; use the release that wrote it",
+                trainer.format_version
+            );
+            return Err(Error::Damaged { path, message });
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            state: Snapshot::read_state(folder)?,
+            loader: json(&folder.join(DATALOADER))?,
+            guard: trainer.guard,
+            seed: json::<RngFile>(&folder.join(RNG))?.seed,
+            dtype: trainer.dtype,
+            softmax_scale: trainer.softmax_scale,
+        })
+    }
+
+    /// The model's folder.
+    pub(crate) fn model_folder(&self) -> PathBuf {
+        self.folder.join(MODEL)
+    }
+
+    /// Refuses a run of another seed, storage type or softmax scale.
+    ///
+    /// # Errors
+    /// [`Error::Incompatible`] with what differs.
+    pub(crate) fn check(&self, seed: u64, dtype: DType, softmax_scale: &str) -> Result<()> {
+        for (key, saved, current) in [
+            ("rng.seed", self.seed.to_string(), seed.to_string()),
+            ("model.torch_dtype", self.dtype.clone(), dtype.torch_name().to_owned()),
+            ("the softmax scale's policy", self.softmax_scale.clone(), softmax_scale.to_owned()),
+        ] {
+            if saved != current {
+                return Err(self.incompatible(key, saved, current));
+            }
+        }
+        Ok(())
+    }
+
+    /// An error about something that is not as it was.
+    pub(crate) fn incompatible(&self, key: &str, saved: String, current: String) -> Error {
+        Error::Incompatible { checkpoint: self.folder.clone(), key: key.to_owned(), saved, current }
+    }
+
+    /// Reads the optimizer's states.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged.
+    pub(crate) fn optimizer(&self, device: &Device) -> Result<OptimizerState> {
+        let OptimizerFile { step } = json(&self.folder.join(OPTIMIZER))?;
+        let exp_avg = tensors::read(&self.folder.join(EXP_AVG), device)?;
+        let path = self.folder.join(EXP_AVG_SQ);
+        let mut exp_avg_sq = tensors::read(&path, device)?;
+        let mut master = tensors::read(&self.folder.join(MASTER), device)?;
+        let mut parameters = BTreeMap::new();
+        for (key, exp_avg) in exp_avg {
+            let exp_avg_sq = exp_avg_sq.remove(&key).ok_or_else(|| Error::Damaged {
+                path: path.clone(),
+                message: format!("`{key}` is missing"),
+            })?;
+            let master = master.remove(&key);
+            parameters.insert(key, ParameterState { exp_avg, exp_avg_sq, master });
+        }
+        Ok(OptimizerState { step, parameters })
+    }
+}
+
+fn pretty(value: &impl Serialize) -> Vec<u8> {
+    let text = serde_json::to_string_pretty(value).expect("plain data is JSON");
+    format!("{text}\n").into_bytes()
+}
+
+fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::Damaged { path: path.to_owned(), message: error.to_string() })
+}

@@ -1,0 +1,135 @@
+//! Flat f32 tensors in a safetensors file, one in memory at a time.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::disk::Disk;
+use crate::error::{Error, Result};
+
+/// What a header says of one tensor.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [u64; 2],
+}
+
+/// A tensor to write: key, shape, flat values.
+pub(super) type Named<'a> = (&'a str, &'a [usize], &'a Tensor<1>);
+
+const _: () =
+    assert!(cfg!(target_endian = "little"), "safetensors are little-endian, and so are the tensors here");
+
+/// Writes f32 tensors.
+pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<()> {
+    let mut entries = serde_json::Map::new();
+    let mut end = 0;
+    for (key, shape, _) in tensors {
+        let start = end;
+        end += 4 * shape.iter().product::<usize>() as u64;
+        let entry = Entry { dtype: "F32".to_owned(), shape: shape.to_vec(), data_offsets: [start, end] };
+        entries.insert((*key).to_owned(), serde_json::to_value(entry).expect("an entry is plain JSON"));
+    }
+    let mut header = serde_json::Value::Object(entries).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = disk.create(path)?;
+    let length = (header.len() as u64).to_le_bytes();
+    file.write(&[&length[..], &header].concat())?;
+    for (_, _, values) in tensors {
+        let data = values.to_data();
+        assert_eq!(data.dtype(), DType::F32, "states of the optimizer are f32");
+        file.write(data.as_bytes())?;
+    }
+    file.finish()
+}
+
+/// Reads every tensor, flat.
+///
+/// # Errors
+/// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
+pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor<1>>> {
+    let unreadable = |source| Error::Read { path: path.to_owned(), source };
+    let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
+    let mut file = File::open(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size < 8 {
+        return Err(damaged(format!("{size} bytes are no safetensors file")));
+    }
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(unreadable)?;
+    let length = u64::from_le_bytes(length);
+    if length > size - 8 {
+        return Err(damaged(format!("the header should have {length} bytes, the file has {size}")));
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact(&mut header).map_err(unreadable)?;
+    let header: BTreeMap<String, Entry> =
+        serde_json::from_slice(&header).map_err(|error| damaged(format!("the header: {error}")))?;
+    let data = 8 + length;
+    let mut tensors = BTreeMap::new();
+    for (key, Entry { dtype, shape, data_offsets: [start, end] }) in header {
+        let count = shape.iter().try_fold(1u64, |count, &size| count.checked_mul(size as u64));
+        let bytes = count.and_then(|count| count.checked_mul(4));
+        if dtype != "F32" || end.checked_sub(start) != bytes || end > size - data {
+            return Err(damaged(format!(
+                "`{key}` ({dtype}, {shape:?}, bytes {start} to {end}) does not fit a file with {} bytes of data",
+                size - data
+            )));
+        }
+        let mut bytes = vec![0; (end - start) as usize];
+        file.seek(SeekFrom::Start(data + start)).map_err(unreadable)?;
+        file.read_exact(&mut bytes).map_err(unreadable)?;
+        let values: Vec<f32> =
+            bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        let count = values.len();
+        tensors.insert(key, Tensor::from_data(TensorData::new(values, [count]), (device, DType::F32)));
+    }
+    Ok(tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(path: &Path) -> Vec<f32> {
+        let values = vec![1.5, -0.0, f32::MIN_POSITIVE / 2.0, 3.0, 4.0, 5.0];
+        let tensor = Tensor::from_data(TensorData::new(values.clone(), [6]), (&Device::flex(), DType::F32));
+        let disk = Disk::default();
+        write(&disk, path, &[("a.weight", &[2, 3], &tensor), ("b", &[0], &tensor.clone().slice(0..0))])
+            .unwrap();
+        values
+    }
+
+    #[test]
+    fn values_return_bit_for_bit_and_other_readers_see_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let values = written(&path);
+        let back = read(&path, &Device::flex()).unwrap();
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let data = back["a.weight"].to_data();
+        assert_eq!(bits(data.as_slice::<f32>().unwrap()), bits(&values));
+        assert_eq!(back["b"].dims(), [0]);
+        let bytes = std::fs::read(&path).unwrap();
+        let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(theirs.tensor("a.weight").unwrap().shape(), [2, 3]);
+    }
+
+    #[test]
+    fn a_file_cut_short_anywhere_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        written(&path);
+        let whole = std::fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let error = read(&path, &Device::flex()).unwrap_err();
+            assert!(matches!(error, Error::Damaged { .. }), "{length} bytes: {error}");
+        }
+    }
+}

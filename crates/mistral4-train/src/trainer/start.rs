@@ -1,0 +1,135 @@
+//! From a recipe, and a checkpoint where there is one, to a run that is ready for its next step.
+
+use std::collections::HashMap;
+
+use burn::tensor::{DType, Device};
+use mistral4::weights::NamedTensor;
+
+use super::{Event, HeldOut, Training};
+use crate::checkpoint::{Checkpoints, Disk, Saved, Saver};
+use crate::data::{self, Loader, LoaderOptions};
+use crate::error::{Error, Result};
+use crate::guard::{Guard, GuardState};
+use crate::metrics::{self, MetricsFile};
+use crate::optim::{Optimizer, OptimizerState};
+use crate::recipe::Recipe;
+use crate::schedule::{LrSchedule, StepScheduler};
+use crate::setup::Setup;
+
+impl Training {
+    /// Reads everything that a recipe names and goes to the place where the run continues.
+    pub(super) fn start(
+        disk: Disk,
+        recipe: &Recipe,
+        device: &Device,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Self> {
+        let config = &recipe.checkpoint;
+        let folder = &config.checkpoint_dir;
+        let checkpoints = Checkpoints::open(recipe, disk)?;
+        let begin = if config.enabled { checkpoints.starting_point(&config.restore_from)? } else { None };
+        let saved = begin.as_deref().map(Saved::read).transpose()?;
+        let setup = Setup::start(recipe, device, saved.as_ref())?;
+
+        let context = setup.data_context(recipe.rng.seed);
+        let pad_id = setup.pad_id();
+        let dataset = data::open(&recipe.dataset, &context)?;
+        let mut loader = Loader::new(dataset, LoaderOptions::training(recipe, pad_id))?;
+        note_skipped(&loader, observe);
+        let mut scheduler = StepScheduler::new(&recipe.step_scheduler, loader.batches_per_epoch(), 1)?;
+        let total_steps = scheduler.total_steps();
+        let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
+        let mut state = OptimizerState::default();
+        if let Some(saved) = &saved {
+            loader.resume(saved.loader).map_err(|error| match error {
+                Error::Resume { field, saved: was, current } => saved.incompatible(field, was, current),
+                other => other,
+            })?;
+            scheduler.resume(saved.state);
+            state = saved.optimizer(device)?;
+            check_states(saved, &state, &setup.model.parameters())?;
+            observe(Event::Note(format!(
+                "continuing from {} at step {}",
+                saved.folder.display(),
+                saved.state.step
+            )));
+            if scheduler.is_finished() {
+                observe(Event::Note(
+                    "nothing is left to do; raise step_scheduler.max_steps or num_epochs to train on"
+                        .to_owned(),
+                ));
+            }
+        }
+
+        let first_step = scheduler.state().step;
+        let mut held_out = Vec::new();
+        let mut validations = Vec::new();
+        for (index, set) in recipe.validation.iter().enumerate() {
+            let dataset = data::open(&set.dataset, &context)?;
+            let options = LoaderOptions::validation(recipe, &set.dataset, pad_id);
+            let file =
+                if set.name == "default" { "validation".into() } else { format!("validation_{}", set.name) };
+            let path = folder.join(format!("{file}.jsonl"));
+            let file = MetricsFile::open(&path, first_step)?;
+            if index == 0 {
+                validations = metrics::read(&path)?;
+            }
+            held_out.push(HeldOut { name: set.name.clone(), loader: Loader::new(dataset, options)?, file });
+        }
+        if held_out.len() > 1 && held_out.iter().all(|set| set.name != config.best_metric_key) {
+            observe(Event::Note(
+                "there are several held-out sets and none is called `default`: LOWEST_VAL needs checkpoint.best_metric_key"
+                    .to_owned(),
+            ));
+        }
+        let path = folder.join("training.jsonl");
+        let log = MetricsFile::open(&path, first_step)?;
+        let guard = saved.as_ref().map_or_else(GuardState::default, |saved| saved.guard.clone());
+        Ok(Self {
+            setup,
+            optimizer: Optimizer::resume(recipe.optimizer.clone(), state),
+            loader,
+            held_out,
+            scheduler,
+            schedule,
+            guard: Guard::new(&recipe.step_scheduler, guard),
+            log,
+            saver: Saver::new(checkpoints, config.is_async),
+            steps: metrics::read(&path)?,
+            validations,
+            checkpoint: begin,
+        })
+    }
+}
+
+/// Refuses states of other parameters.
+fn check_states(saved: &Saved, state: &OptimizerState, parameters: &[NamedTensor]) -> Result<()> {
+    let parameters: HashMap<&str, &NamedTensor> = parameters.iter().map(|p| (p.key.as_str(), p)).collect();
+    for (key, state) in &state.parameters {
+        let [is] = parameters.get(key.as_str()).map_or([0], |parameter| parameter.values.dims());
+        let lengths = [Some(&state.exp_avg), Some(&state.exp_avg_sq), state.master.as_ref()];
+        if let Some(was) = lengths.into_iter().flatten().map(|values| values.dims()[0]).find(|&was| was != is)
+        {
+            let key = format!("the number of values of `{key}`");
+            return Err(saved.incompatible(&key, was.to_string(), is.to_string()));
+        }
+        let needs_master = parameters[key.as_str()].values.dtype() != DType::F32;
+        if needs_master != state.master.is_some() {
+            let say = |yes| if yes { "present" } else { "absent" }.to_owned();
+            let key = format!("the f32 master of `{key}`");
+            return Err(saved.incompatible(&key, say(state.master.is_some()), say(needs_master)));
+        }
+    }
+    Ok(())
+}
+
+fn note_skipped(loader: &Loader, observe: &mut dyn FnMut(Event<'_>)) {
+    let skipped = loader.skipped();
+    if skipped.unusable + skipped.too_long > 0 {
+        let first = skipped.messages.first().map_or(String::new(), |m| format!("; first: {m}"));
+        observe(Event::Note(format!(
+            "left out {} malformed rows and {} that are too long{first}",
+            skipped.unusable, skipped.too_long
+        )));
+    }
+}
