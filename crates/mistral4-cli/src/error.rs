@@ -218,13 +218,13 @@ impl From<TrainError> for Error {
     fn from(error: TrainError) -> Self {
         use TrainError as E;
         let error = match error {
-            E::Processor(inner) => return inner.into(),
-            E::Model(inner) => return inner.into(),
-            E::Checkpoint(inner) => return inner.into(),
+            E::Processor(inner) => return (*inner).into(),
+            E::Model(inner) => return (*inner).into(),
+            E::Checkpoint(inner) => return (*inner).into(),
             other => other,
         };
         let (kind, hint) = match &error {
-            E::NotFinite { .. } => {
+            E::NotFinite { .. } | E::LossSpike { .. } => {
                 (ErrorKind::Failed, "the last checkpoint is untouched; start from it with other settings")
             }
             E::Read { .. } => (ErrorKind::Input, "check the path"),

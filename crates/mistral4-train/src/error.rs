@@ -153,13 +153,13 @@ pub enum Error {
     },
     /// The tokenizer or the image processor refused something.
     #[error(transparent)]
-    Processor(#[from] mistral4_processor::Error),
+    Processor(Box<mistral4_processor::Error>),
     /// The model refused its inputs or its weights.
     #[error(transparent)]
-    Model(#[from] mistral4::Error),
+    Model(Box<mistral4::Error>),
     /// A checkpoint could not be read or written.
     #[error(transparent)]
-    Checkpoint(#[from] mistral4_checkpoint::Error),
+    Checkpoint(Box<mistral4_checkpoint::Error>),
     /// A file could not be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -298,6 +298,24 @@ pub enum Error {
         /// Value now.
         current: String,
     },
+}
+
+impl From<mistral4::Error> for Error {
+    fn from(error: mistral4::Error) -> Self {
+        Error::Model(Box::new(error))
+    }
+}
+
+impl From<mistral4_checkpoint::Error> for Error {
+    fn from(error: mistral4_checkpoint::Error) -> Self {
+        Error::Checkpoint(Box::new(error))
+    }
+}
+
+impl From<mistral4_processor::Error> for Error {
+    fn from(error: mistral4_processor::Error) -> Self {
+        Error::Processor(Box::new(error))
+    }
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {

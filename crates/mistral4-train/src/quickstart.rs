@@ -108,10 +108,10 @@ pub fn run(
     }
     let shown = held_out[0];
     let image = out.join("held_out_digit.png");
-    digits.image(shown, 256).save(&image).map_err(|error| Error::Write {
-        path: image.clone(),
-        source: std::io::Error::other(error),
-    })?;
+    digits
+        .image(shown, 256)
+        .save(&image)
+        .map_err(|error| Error::Write { path: image.clone(), source: std::io::Error::other(error) })?;
     let example = Example {
         image,
         question: QUESTIONS[shown % QUESTIONS.len()].to_owned(),

@@ -136,7 +136,8 @@ fn the_load_balancing_loss_reaches_the_router_and_is_one_when_even() {
     let gate = "model.layers.1.mlp.gate.weight";
     assert!(without[gate].iter().zip(&with[gate]).any(|(a, b)| (a - b).abs() > 1e-4));
     // With scores all alike, E * sum f_e p_e is 1 for any load.
-    let flat = model(1.0).map_parameters(|key, values| key.ends_with("gate.weight").then(|| values.zeros_like()));
+    let flat =
+        model(1.0).map_parameters(|key, values| key.ends_with("gate.weight").then(|| values.zeros_like()));
     let mut sink = Gradients::default();
     let scale = LossScale { per_token: 1.0, aux: 1.0 };
     let measured = forward_backward(&flat, &batch(), scale, Activations::Kept, &mut sink).unwrap();

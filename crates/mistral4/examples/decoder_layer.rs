@@ -43,7 +43,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let x: Vec<half::bf16> = (0..tokens * hidden).map(wave).collect();
     let x = Tensor::<2>::from_data(TensorData::new(x, [tokens, hidden]), (&device, DType::BF16));
     let positions: Vec<i64> = (0..tokens as i64).collect();
-    let inputs = ModelInputs::embeddings(x.clone(), mistral4::inputs::Layout::Rows { batch: 1, sequence: tokens });
+    let inputs =
+        ModelInputs::embeddings(x.clone(), mistral4::inputs::Layout::Rows { batch: 1, sequence: tokens });
     inputs.check(config.text.vocab_size)?;
     let segments = vec![mistral4::ops::Segment { q: 0..tokens, k: 0..tokens, causal: Some(0) }];
     let context = LayerContext {
@@ -66,7 +67,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
-        status.lines().filter(|line| line.starts_with("VmHWM")).for_each(|line| println!("peak memory {}", &line[6..]));
+        status
+            .lines()
+            .filter(|line| line.starts_with("VmHWM"))
+            .for_each(|line| println!("peak memory {}", &line[6..]));
     }
     Ok(())
 }

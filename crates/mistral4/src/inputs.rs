@@ -69,7 +69,7 @@ impl ModelInputs {
     /// - `input_ids`: `[B * S]`, row after row
     pub fn rows(input_ids: Vec<u32>, batch: usize) -> Self {
         assert!(
-            batch > 0 && input_ids.len() % batch == 0,
+            batch > 0 && input_ids.len().is_multiple_of(batch),
             "{} ids do not make {batch} rows",
             input_ids.len()
         );

@@ -181,7 +181,8 @@ fn permuting_experts_with_their_router_rows_changes_nothing() {
     let permute = |values: Tensor<1>| {
         let count = values.dims()[0];
         let stride = count / order.len();
-        let parts = order.iter().map(|&e| values.clone().slice_dim(0, e * stride..(e + 1) * stride)).collect();
+        let parts =
+            order.iter().map(|&e| values.clone().slice_dim(0, e * stride..(e + 1) * stride)).collect();
         Tensor::cat(parts, 0)
     };
     let permuted = plain.clone().map_parameters(|key, values| {
@@ -202,7 +203,10 @@ fn logits_to_keep_and_embeddings_agree_with_the_whole() {
         rows(model.forward(&inputs, None, &options).unwrap().logits.unwrap())
     };
     assert_eq!(keep(LogitsToKeep::Last(2)), [&all[5..7], &all[12..14]].concat());
-    assert_eq!(keep(LogitsToKeep::Indices(vec![0, 3])), [&all[0..1], &all[3..4], &all[7..8], &all[10..11]].concat());
+    assert_eq!(
+        keep(LogitsToKeep::Indices(vec![0, 3])),
+        [&all[0..1], &all[3..4], &all[7..8], &all[10..11]].concat()
+    );
     let embeds = model.text().model.embed_ids(inputs.input_ids.as_ref().unwrap());
     let by_embeds = ModelInputs::embeddings(embeds, Layout::Rows { batch: 2, sequence: 7 });
     assert_eq!(logits(&model, &by_embeds), all);
@@ -239,18 +243,27 @@ fn wrong_inputs_are_named() {
     };
     let pixels = Tensor::<4>::zeros([1, 3, 8, 8], &Device::flex());
     let images = Images { pixel_values: pixels, image_sizes: vec![(8, 8)] };
-    assert!(message(&text, ModelInputs::rows(vec![1, 50], 1)).contains("input_ids is 50 at index 1, allowed is 0..50"));
+    assert!(
+        message(&text, ModelInputs::rows(vec![1, 50], 1))
+            .contains("input_ids is 50 at index 1, allowed is 0..50")
+    );
     let mut neither = ModelInputs::rows(vec![1], 1);
     neither.input_ids = None;
     assert!(message(&text, neither).contains("got neither"));
-    assert!(message(&text, ModelInputs::rows(vec![1], 1).with_images(images.clone())).contains("no vision tower"));
+    assert!(
+        message(&text, ModelInputs::rows(vec![1], 1).with_images(images.clone())).contains("no vision tower")
+    );
     let two_tokens = ModelInputs::rows(vec![10, 10, 3], 1).with_images(images.clone());
     assert!(message(&eyes, two_tokens).contains("2 image tokens (id 10), but the images give 1 features"));
     let short = ModelInputs::rows(vec![1, 2], 1).with_position_ids(vec![0]);
     assert!(message(&text, short).contains("position_ids has 1 entries, expected 2"));
-    assert!(message(&text, ModelInputs::packed(vec![1, 2], vec![0, 2, 1])).contains("cu_seqlens is 1 at index 2"));
+    assert!(
+        message(&text, ModelInputs::packed(vec![1, 2], vec![0, 2, 1])).contains("cu_seqlens is 1 at index 2")
+    );
     let too_large = Images { image_sizes: vec![(8, 12)], ..images };
-    assert!(message(&eyes, ModelInputs::rows(vec![10], 1).with_images(too_large)).contains("image_sizes is 12"));
+    assert!(
+        message(&eyes, ModelInputs::rows(vec![10], 1).with_images(too_large)).contains("image_sizes is 12")
+    );
 }
 
 #[test]

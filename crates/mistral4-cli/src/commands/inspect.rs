@@ -117,7 +117,13 @@ fn overview(file: &ConfigFile, inspection: &Inspection) -> Rows {
             },
         ),
         row("parameters", counted(inspection.total_parameters)),
-        row("active a token", counted(inspection.active_parameters)),
+        row(
+            "active a token",
+            format!(
+                "{}: all but the embedding table and the experts a token is not sent to",
+                counted(inspection.active_parameters)
+            ),
+        ),
         row("softmax scale", format!("{:.7} ({}): {}", scale.value, scale.policy, scale.reason)),
     ];
     if let Some(quantization) = &file.quantization {

@@ -99,14 +99,18 @@ impl OptDigits {
         self.placed(index, side, Placement::default())
     }
 
-    /// An image, enlarged as by [`OptDigits::image`], and turned, zoomed and shifted.
+    /// An image, enlarged as by [`OptDigits::image`], and placed anew.
     pub fn placed(&self, index: usize, side: u32, placement: Placement) -> GrayImage {
         let columns = self.sheet.width() / SIDE;
         let (row, column) = (index as u32 / columns, index as u32 % columns);
         let tile = crop_imm(&self.sheet, column * SIDE, row * SIDE, SIDE, SIDE).to_image();
         let grey = |x: i64, y: i64| {
             let inside = (0..i64::from(SIDE)).contains(&x) && (0..i64::from(SIDE)).contains(&y);
-            if inside { f32::from(tile.get_pixel(x as u32, y as u32).0[0]) * 255.0 / WHITE as f32 } else { 0.0 }
+            if inside {
+                f32::from(tile.get_pixel(x as u32, y as u32).0[0]) * 255.0 / WHITE as f32
+            } else {
+                0.0
+            }
         };
         let (sin, cos) = placement.angle.sin_cos();
         let centre = SIDE as f32 / 2.0;
@@ -114,8 +118,9 @@ impl OptDigits {
             // From the centre of this pixel back to the place in the 8 x 8 image that it shows.
             let to_source = |v: u32| (v as f32 + 0.5) * SIDE as f32 / side as f32 - centre;
             let (x, y) = (to_source(x) - placement.shift.0, to_source(y) - placement.shift.1);
-            let u = (cos * x + sin * y) / placement.zoom + centre - 0.5;
-            let v = (cos * y - sin * x) / placement.zoom + centre - 0.5;
+            let (x, y) = (cos * x + sin * y, cos * y - sin * x);
+            let u = (x - placement.slant * y) / placement.zoom.0 + centre - 0.5;
+            let v = y / placement.zoom.1 + centre - 0.5;
             let (left, top) = (u.floor(), v.floor());
             let (right, below) = (u - left, v - top);
             let (left, top) = (left as i64, top as i64);
@@ -144,20 +149,22 @@ impl OptDigits {
     }
 }
 
-/// How an image is turned, zoomed and shifted.
+/// How an image is turned, slanted, zoomed and shifted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Placement {
     /// Turn, in radians.
     pub angle: f32,
-    /// Enlargement about the centre.
-    pub zoom: f32,
+    /// How far a pixel moves to the right for each pixel that it lies below the centre.
+    pub slant: f32,
+    /// Enlargement about the centre, across and down.
+    pub zoom: (f32, f32),
     /// Shift to the right and down, in pixels of the 8 x 8 image.
     pub shift: (f32, f32),
 }
 
 impl Default for Placement {
     fn default() -> Self {
-        Self { angle: 0.0, zoom: 1.0, shift: (0.0, 0.0) }
+        Self { angle: 0.0, slant: 0.0, zoom: (1.0, 1.0), shift: (0.0, 0.0) }
     }
 }
 
@@ -170,7 +177,12 @@ impl Placement {
         let mut rng = ChaCha8Rng::seed_from_u64(index as u64);
         rng.set_stream(variant as u64);
         let mut within = |limit: f32| rng.random_range(-limit..=limit);
-        Self { angle: within(0.2), zoom: 1.0 + within(0.12), shift: (within(0.8), within(0.8)) }
+        Self {
+            angle: within(0.2),
+            slant: within(0.25),
+            zoom: (1.0 + within(0.2), 1.0 + within(0.2)),
+            shift: (within(1.0), within(1.0)),
+        }
     }
 }
 

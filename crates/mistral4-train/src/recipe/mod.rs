@@ -161,9 +161,11 @@ impl Recipe {
                 key: "step_scheduler.global_batch_size".to_owned(),
                 value: global.to_string(),
                 message: format!(
-                    "must be divisible by local_batch_size * data-parallel ranks ({local} * 1); {} or {} would do",
-                    (global / local).max(1) * local,
-                    (global / local + 1) * local
+                    "must be divisible by local_batch_size * data-parallel ranks ({local} * 1); {} would do",
+                    match global / local {
+                        0 => local.to_string(),
+                        below => format!("{} or {}", below * local, (below + 1) * local),
+                    }
                 ),
             });
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use crate::error::{Error, Result};
 use crate::inputs::{Layout, ModelInputs};
@@ -142,9 +142,4 @@ impl LayerCache {
 /// Bytes a token takes in the cache of a model.
 pub fn bytes_per_token(config: &mistral4_checkpoint::config::TextConfig, element_bytes: usize) -> usize {
     config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * element_bytes
-}
-
-/// Allocates nothing; names the device that new caches live on.
-pub fn device_of(model: &crate::Mistral4) -> Device {
-    model.text().lm_head.weight.val().device()
 }

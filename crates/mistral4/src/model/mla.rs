@@ -34,7 +34,7 @@ pub enum AttentionMask {
         batch: usize,
     },
     /// Added to the scores, `[B, 1 or N, S, S]`.
-    Explicit(Tensor<4>),
+    Explicit(Box<Tensor<4>>),
 }
 
 /// Multi-head latent attention.
@@ -197,7 +197,7 @@ impl Mla {
             // The first pass of a cache: its slots are exactly the tokens of this pass.
             AttentionMask::Cached { segments, .. } => ops::attention(q, k, v, self.spec(segments)),
             AttentionMask::Explicit(mask) => {
-                ops::composite::attention_with_mask(q, k, v, mask.clone(), s.softmax_scale)
+                ops::composite::attention_with_mask(q, k, v, mask.as_ref().clone(), s.softmax_scale)
             }
         }
     }

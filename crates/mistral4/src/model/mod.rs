@@ -31,7 +31,7 @@ use crate::weights::{ParameterSource, Parameters};
 #[derive(Debug, Clone)]
 pub enum Mistral4 {
     /// Text only.
-    Text(Mistral4ForCausalLM),
+    Text(Box<Mistral4ForCausalLM>),
     /// Text behind a vision tower and a projector.
     Multimodal(Box<Mistral3ForConditionalGeneration>),
 }
@@ -62,7 +62,7 @@ impl Mistral4 {
     ) -> Result<Self> {
         let parameters = Parameters::new(source, device);
         Ok(match &config.vision {
-            None => Mistral4::Text(Mistral4ForCausalLM::new(config, moe, &parameters)?),
+            None => Mistral4::Text(Box::new(Mistral4ForCausalLM::new(config, moe, &parameters)?)),
             Some(_) => Mistral4::Multimodal(Box::new(Mistral3ForConditionalGeneration::new(
                 config,
                 moe,

@@ -116,11 +116,11 @@ impl Mistral4Model {
                 };
                 AttentionMask::Cached { segments: cache.segments(sequence), batch }
             }
-            (None, Some(mask), _) => AttentionMask::Explicit(mask.clone()),
+            (None, Some(mask), _) => AttentionMask::Explicit(Box::new(mask.clone())),
             (None, None, layout) => match (inputs.segments(), layout, &inputs.attention_mask) {
                 (Some(segments), ..) => AttentionMask::Segments(segments),
                 (None, &Layout::Rows { batch, sequence }, Some(mask)) => {
-                    AttentionMask::Explicit(dense_causal_mask(mask, batch, sequence, &device))
+                    AttentionMask::Explicit(Box::new(dense_causal_mask(mask, batch, sequence, &device)))
                 }
                 _ => unreachable!("only masks with holes have no segments"),
             },

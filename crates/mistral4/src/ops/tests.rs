@@ -187,7 +187,8 @@ fn moe_experts_equals_composite_with_idle_experts() {
 #[test]
 fn frozen_experts_get_no_gradient_and_their_input_still_does() {
     let (tokens, hidden, inter, experts) = (5, 8, 6, 3);
-    let indices = Tensor::<2, Int>::from_data(TensorData::new(vec![0i32, 1, 2, 1, 0], [tokens, 1]), &Device::flex());
+    let indices =
+        Tensor::<2, Int>::from_data(TensorData::new(vec![0i32, 1, 2, 1, 0], [tokens, 1]), &Device::flex());
     let x = random([tokens, hidden], 17).autodiff().require_grad();
     let gate_up = random([experts, 2 * inter, hidden], 18).autodiff();
     let down = random([experts, hidden, inter], 19).autodiff();
@@ -206,9 +207,15 @@ fn linear_cross_entropy_equals_composite_and_ignores_unlabelled_tokens() {
     compare(
         "linear_cross_entropy",
         [random([tokens * hidden], 21), random([vocab * hidden], 22)],
-        |[h, w]| linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone()),
         |[h, w]| {
-            composite::linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone())
+            linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone())
+        },
+        |[h, w]| {
+            composite::linear_cross_entropy(
+                h.reshape([tokens, hidden]),
+                w.reshape([vocab, hidden]),
+                labels.clone(),
+            )
         },
     );
 }

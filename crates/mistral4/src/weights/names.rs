@@ -167,7 +167,7 @@ impl Mistral4 {
     /// The same model on its device's autodiff backend, parameters that are not frozen asking for gradients.
     pub fn train(&self) -> Self {
         match self {
-            Mistral4::Text(model) => Mistral4::Text(model.clone().train()),
+            Mistral4::Text(model) => Mistral4::Text(Box::new(model.as_ref().clone().train())),
             Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(model.as_ref().clone().train())),
         }
     }
@@ -176,7 +176,7 @@ impl Mistral4 {
     pub fn parameters(&self) -> Vec<NamedTensor> {
         // Only on the autodiff backend does a parameter tell whether it is trained.
         let mut parameters = match self.train() {
-            Mistral4::Text(model) => named_parameters(&model),
+            Mistral4::Text(model) => named_parameters(model.as_ref()),
             Mistral4::Multimodal(model) => named_parameters(model.as_ref()),
         };
         parameters.iter_mut().for_each(|p| p.values = p.values.clone().inner());
@@ -186,7 +186,7 @@ impl Mistral4 {
     /// Replaces the values of parameters; see [`map_parameters`].
     pub fn map_parameters(self, replace: impl FnMut(&str, Tensor<1>) -> Option<Tensor<1>>) -> Self {
         match self {
-            Mistral4::Text(model) => Mistral4::Text(map_parameters(model, replace)),
+            Mistral4::Text(model) => Mistral4::Text(Box::new(map_parameters(*model, replace))),
             Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(map_parameters(*model, replace))),
         }
     }
@@ -195,7 +195,7 @@ impl Mistral4 {
     pub fn freeze(self, is_frozen: impl Fn(&str) -> bool) -> Self {
         let mut freeze = Freeze { path: Path::default(), is_frozen };
         match self {
-            Mistral4::Text(model) => Mistral4::Text(model.map(&mut freeze)),
+            Mistral4::Text(model) => Mistral4::Text(Box::new(model.map(&mut freeze))),
             Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(model.map(&mut freeze))),
         }
     }
@@ -203,7 +203,7 @@ impl Mistral4 {
     /// Takes the gradients of all parameters out of a backward pass of this model (as [`Mistral4::train`] gave it).
     pub fn take_gradients(&self, gradients: &mut Gradients, sink: impl FnMut(String, Tensor<1>)) {
         match self {
-            Mistral4::Text(model) => take_gradients(model, gradients, sink),
+            Mistral4::Text(model) => take_gradients(model.as_ref(), gradients, sink),
             Mistral4::Multimodal(model) => take_gradients(model.as_ref(), gradients, sink),
         }
     }
