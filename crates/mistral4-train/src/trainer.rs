@@ -11,7 +11,7 @@ use burn::tensor::Device;
 use mistral4::model::Mistral4;
 
 use crate::backward::{Activations, Gradients, LabelledInputs, LossScale, MicroBatchLoss, forward_backward};
-use crate::checkpoint::{Disk, Losses, ModelFiles, Saver, Snapshot};
+use crate::checkpoint::{Completed, Disk, Losses, ModelFiles, Saver, Snapshot};
 use crate::data::{Batch, Loader};
 use crate::error::Result;
 use crate::guard::{BatchLoss, Guard, StepOutcome, Verdict};
@@ -245,9 +245,10 @@ impl Training {
         Ok(())
     }
 
-    fn note_saved(&mut self, saved: Option<PathBuf>, observe: &mut dyn FnMut(Event<'_>)) {
-        if let Some(path) = saved {
+    fn note_saved(&mut self, saved: Option<Completed>, observe: &mut dyn FnMut(Event<'_>)) {
+        if let Some(Completed { path, warnings }) = saved {
             observe(Event::Saved(&path));
+            warnings.into_iter().for_each(|warning| observe(Event::Note(warning)));
             self.checkpoint = Some(path);
         }
     }

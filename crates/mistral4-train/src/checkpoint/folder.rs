@@ -23,6 +23,14 @@ struct Published {
     name: String,
 }
 
+/// A checkpoint that was written.
+pub(crate) struct Completed {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    /// What other readers will not see as this library does.
+    pub(crate) warnings: Vec<String>,
+}
+
 /// The checkpoints of a run.
 #[derive(Clone)]
 pub(crate) struct Checkpoints {
@@ -99,23 +107,28 @@ impl Checkpoints {
     ///
     /// # Errors
     /// A checkpoint of this name, and a disk that fails: then nothing that was there before has changed.
-    pub(crate) fn save(&self, name: &str, snapshot: &Snapshot) -> Result<PathBuf> {
+    pub(crate) fn save(&self, name: &str, snapshot: &Snapshot) -> Result<Completed> {
         let path = self.folder.join(name);
         if path.symlink_metadata().is_ok() {
             return Err(Error::CheckpointExists { path });
         }
         let partial = self.folder.join(format!(".{name}{PARTIAL}"));
         self.disk.remove(&partial)?;
-        let written = snapshot.write(&self.disk, &partial).and_then(|()| self.disk.rename(&partial, &path));
-        if let Err(error) = written {
-            // Makes room on a full disk; should it fail as well, the next run removes the folder.
-            let _ = self.disk.remove(&partial);
-            return Err(error);
-        }
+        let written = snapshot
+            .write(&self.disk, &partial)
+            .and_then(|warnings| self.disk.rename(&partial, &path).map(|()| warnings));
+        let warnings = match written {
+            Ok(warnings) => warnings,
+            Err(error) => {
+                // Makes room on a full disk; should it fail as well, the next run removes the folder.
+                let _ = self.disk.remove(&partial);
+                return Err(error);
+            }
+        };
         self.disk.sync_folder(&self.folder)?;
         self.point()?;
         self.prune()?;
-        Ok(path)
+        Ok(Completed { path, warnings })
     }
 
     /// Points `LATEST` at the last checkpoint and `LOWEST_VAL` at the best.

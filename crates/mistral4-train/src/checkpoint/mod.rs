@@ -11,6 +11,6 @@ mod snapshot;
 mod tensors;
 
 pub use disk::{Disk, Operation};
-pub(crate) use folder::Checkpoints;
+pub(crate) use folder::{Checkpoints, Completed};
 pub(crate) use saver::Saver;
 pub(crate) use snapshot::{Losses, ModelFiles, Saved, Snapshot};

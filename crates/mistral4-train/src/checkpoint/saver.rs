@@ -1,16 +1,15 @@
 //! Saving now, or on a thread of its own while training goes on.
 
-use std::path::PathBuf;
 use std::thread::JoinHandle;
 
-use super::{Checkpoints, Snapshot};
+use super::{Checkpoints, Completed, Snapshot};
 use crate::error::Result;
 
 /// Writes checkpoints, one at a time.
 pub(crate) struct Saver {
     checkpoints: Checkpoints,
     is_async: bool,
-    under_way: Option<JoinHandle<Result<PathBuf>>>,
+    under_way: Option<JoinHandle<Result<Completed>>>,
 }
 
 impl Saver {
@@ -23,7 +22,7 @@ impl Saver {
     ///
     /// # Errors
     /// A save that failed: this one, or the one before.
-    pub(crate) fn save(&mut self, name: String, snapshot: Snapshot) -> Result<Option<PathBuf>> {
+    pub(crate) fn save(&mut self, name: String, snapshot: Snapshot) -> Result<Option<Completed>> {
         let before = self.wait()?;
         if !self.is_async {
             return self.checkpoints.save(&name, &snapshot).map(Some);
@@ -37,7 +36,7 @@ impl Saver {
     ///
     /// # Errors
     /// When it failed.
-    pub(crate) fn wait(&mut self) -> Result<Option<PathBuf>> {
+    pub(crate) fn wait(&mut self) -> Result<Option<Completed>> {
         let Some(thread) = self.under_way.take() else { return Ok(None) };
         match thread.join() {
             Ok(saved) => saved.map(Some),

@@ -135,12 +135,12 @@ impl Snapshot {
         json(&folder.join(STEP_SCHEDULER))
     }
 
-    /// Writes every file under `folder` and brings it to the medium.
-    pub(super) fn write(&self, disk: &Disk, folder: &Path) -> Result<()> {
+    /// Writes every file under `folder` and brings it to the medium; returns what other readers will see differently.
+    pub(super) fn write(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
         for part in ["", MODEL, "optim", "dataloader", "rng"] {
             disk.create_folder(&folder.join(part))?;
         }
-        self.write_model(disk, &folder.join(MODEL))?;
+        let warnings = self.write_model(disk, &folder.join(MODEL))?;
         self.write_optimizer(disk, folder)?;
         let trainer = TrainerFile {
             format_version: FORMAT_VERSION,
@@ -157,10 +157,10 @@ impl Snapshot {
         for part in ["model", "optim", "dataloader", "rng", ""] {
             disk.sync_folder(&folder.join(part))?;
         }
-        Ok(())
+        Ok(warnings)
     }
 
-    fn write_model(&self, disk: &Disk, folder: &Path) -> Result<()> {
+    fn write_model(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
         let parameters: HashMap<&str, &NamedTensor> =
             self.parameters.iter().map(|parameter| (parameter.key.as_str(), parameter)).collect();
         let options = SaveOptions {
@@ -169,13 +169,13 @@ impl Snapshot {
             carry_from: self.model.carry_from.as_deref(),
             ..SaveOptions::default()
         };
-        weights::save(folder, &self.model.config, &options, |spec| {
+        let report = weights::save(folder, &self.model.config, &options, |spec| {
             disk.ask(Operation::Write, folder)?;
             let parameter = parameters.get(spec.key.as_str());
             let parameter = parameter.unwrap_or_else(|| panic!("{} is missing from the model", spec.key));
             Ok::<_, Error>(host_tensor((*parameter).clone()))
         })?;
-        Ok(())
+        Ok(report.warnings)
     }
 
     fn write_optimizer(&self, disk: &Disk, folder: &Path) -> Result<()> {
