@@ -104,6 +104,9 @@ def with_images(generator, config, rows: list[list[int | tuple[int, int]]], fill
     Pixels outside an image's own size are set to `fill`; they must not matter.
     """
     pixels_per_token = config["patch_size"] * config["spatial_merge_size"]
+    # Sizes are meant for tokens of 8 pixels or fewer; a tower with larger ones gets larger images.
+    scale = -(-pixels_per_token // 8)
+    rows = [[(part[0] * scale, part[1] * scale) if isinstance(part, tuple) else part for part in row] for row in rows]
     sizes = [part for row in rows for part in row if isinstance(part, tuple)]
     ids = []
     for row in rows:
