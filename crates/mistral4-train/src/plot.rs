@@ -72,9 +72,9 @@ impl RunPlot<'_> {
         let smooth = smoothed(&raw);
         let held_out: Vec<(f64, f64)> =
             self.validations.iter().map(|v| (v.step as f64, v.val_loss)).collect();
-        let largest = raw.iter().chain(&held_out).map(|p| p.1).filter(|y| y.is_finite()).fold(0.0, f64::max);
-        let y = Axis::from_zero(if largest > 0.0 { largest } else { 1.0 }, 6);
-        let loss = panel.vertical(y);
+        let losses = || raw.iter().chain(&held_out).map(|p| p.1).filter(|y| y.is_finite());
+        let (smallest, largest) = (losses().fold(f64::INFINITY, f64::min), losses().fold(0.0, f64::max));
+        let loss = panel.vertical(Axis::of_losses(smallest, largest, 6));
         svg.frame(panel, &loss, "loss (nats per token)", Side::Left, INK);
         svg.line(&panel.points(&raw, &loss), LOSS, 1.0, 0.3);
         svg.line(&panel.points(&smooth, &loss), LOSS, 2.4, 1.0);
@@ -87,7 +87,7 @@ impl RunPlot<'_> {
         let accuracy: Vec<(f64, f64)> =
             self.validations.iter().filter_map(|v| Some((v.step as f64, v.accuracy? * 100.0))).collect();
         if let Some(&(step, best)) = accuracy.last() {
-            let percent = panel.vertical(Axis { end: 100.0, tick: 20.0 });
+            let percent = panel.vertical(Axis::Linear { end: 100.0, tick: 20.0 });
             svg.frame(panel, &percent, "held-out accuracy (%)", Side::Right, ACCURACY);
             let points = panel.points(&accuracy, &percent);
             svg.line(&points, ACCURACY, 1.6, 1.0);
@@ -122,12 +122,27 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
 }
 
-/// An axis from 0 to `end` with a mark every `tick`.
+/// An axis of a picture.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Axis {
-    end: f64,
-    tick: f64,
+enum Axis {
+    /// From 0 to `end` with a mark every `tick`.
+    Linear {
+        /// Its last value.
+        end: f64,
+        /// Distance of two marks.
+        tick: f64,
+    },
+    /// From `10^first` to `10^last` with a mark at every power of ten.
+    Logarithmic {
+        /// Exponent of the first value.
+        first: i32,
+        /// Exponent of the last value.
+        last: i32,
+    },
 }
+
+/// Ratio of the largest to the smallest value from which an axis of losses is logarithmic.
+const LOGARITHMIC_FROM: f64 = 30.0;
 
 impl Axis {
     /// The axis that holds `largest` with at most `marks` marks at round numbers.
@@ -137,26 +152,54 @@ impl Axis {
         let factor =
             [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().find(|f| f * power >= rough * 0.999).unwrap_or(10.0);
         let tick = factor * power;
-        Self { end: (largest / tick - 1e-9).ceil().max(1.0) * tick, tick }
+        Axis::Linear { end: (largest / tick - 1e-9).ceil().max(1.0) * tick, tick }
     }
 
-    fn marks(&self) -> impl Iterator<Item = f64> + use<> {
-        let (count, tick) = ((self.end / self.tick).round() as usize, self.tick);
-        (0..=count).map(move |i| i as f64 * tick)
+    /// The axis for losses: from 0, or logarithmic where they span more than [`LOGARITHMIC_FROM`].
+    fn of_losses(smallest: f64, largest: f64, marks: usize) -> Self {
+        if smallest > 0.0 && largest / smallest > LOGARITHMIC_FROM {
+            let (first, last) = (smallest.log10().floor() as i32, largest.log10().ceil() as i32);
+            return Axis::Logarithmic { first, last };
+        }
+        Axis::from_zero(if largest > 0.0 { largest } else { 1.0 }, marks)
+    }
+
+    /// Where a value lies: 0 at the axis' beginning, 1 at its end.
+    fn fraction(&self, value: f64) -> f64 {
+        match *self {
+            Axis::Linear { end, .. } => value / end,
+            Axis::Logarithmic { first, last } => {
+                let first = f64::from(first);
+                (value.max(f64::MIN_POSITIVE).log10() - first).max(0.0) / (f64::from(last) - first)
+            }
+        }
+    }
+
+    fn marks(&self) -> Vec<f64> {
+        match *self {
+            Axis::Linear { end, tick } => {
+                (0..=(end / tick).round() as usize).map(|i| i as f64 * tick).collect()
+            }
+            Axis::Logarithmic { first, last } => (first..=last).map(|power| 10f64.powi(power)).collect(),
+        }
     }
 
     /// A mark's number with as many digits as neighbouring marks need.
     fn label(&self, value: f64) -> String {
+        let (end, tick) = match *self {
+            Axis::Logarithmic { .. } => return format!("{value}"),
+            Axis::Linear { end, tick } => (end, tick),
+        };
         if value == 0.0 {
             return "0".to_owned();
         }
-        if self.end < 1e-2 {
+        if end < 1e-2 {
             let text = format!("{value:.2e}");
             let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
             return format!("{}e{exponent}", mantissa.trim_end_matches('0').trim_end_matches('.'));
         }
         let digits = (0..6).find(|&d| {
-            let scaled = self.tick * 10f64.powi(d);
+            let scaled = tick * 10f64.powi(d);
             (scaled - scaled.round()).abs() < 1e-6
         });
         format!("{value:.*}", digits.unwrap_or(6) as usize)
@@ -173,7 +216,7 @@ struct Span {
 
 impl Span {
     fn place(&self, value: f64) -> f64 {
-        self.start + (self.end - self.start) * (value / self.axis.end)
+        self.start + (self.end - self.start) * self.axis.fraction(value)
     }
 }
 
@@ -247,7 +290,7 @@ impl Svg {
         };
         if side == Side::Left {
             let (top, bottom) = (panel.top, panel.bottom);
-            for x in panel.x.axis.marks().map(|mark| panel.x.place(mark)) {
+            for x in panel.x.axis.marks().into_iter().map(|mark| panel.x.place(mark)) {
                 self.push(format_args!(
                     "<line x1=\"{x:.1}\" y1=\"{top:.1}\" x2=\"{x:.1}\" y2=\"{bottom:.1}\" stroke=\"{GRID}\"/>"
                 ));
@@ -402,11 +445,22 @@ mod tests {
 
     #[test]
     fn marks_are_round_numbers() {
-        assert_eq!(Axis::from_zero(600.0, 8), Axis { end: 600.0, tick: 100.0 });
-        assert_eq!(Axis::from_zero(3.17, 6), Axis { end: 4.0, tick: 1.0 });
-        assert_eq!(Axis::from_zero(1.0, 8), Axis { end: 1.0, tick: 0.2 });
+        let losses = Axis::of_losses(0.002, 6.5, 6);
+        assert_eq!(losses, Axis::Logarithmic { first: -3, last: 1 });
+        assert_eq!(
+            losses.marks().into_iter().map(|m| losses.label(m)).collect::<Vec<_>>(),
+            ["0.001", "0.01", "0.1", "1", "10"]
+        );
+        assert!((losses.fraction(0.1) - 0.5).abs() < 1e-9);
+        assert_eq!(Axis::of_losses(1.0, 3.17, 6), Axis::from_zero(3.17, 6));
+        assert_eq!(Axis::from_zero(600.0, 8), Axis::Linear { end: 600.0, tick: 100.0 });
+        assert_eq!(Axis::from_zero(3.17, 6), Axis::Linear { end: 4.0, tick: 1.0 });
+        assert_eq!(Axis::from_zero(1.0, 8), Axis::Linear { end: 1.0, tick: 0.2 });
         let rate = Axis::from_zero(2e-3, 3);
-        assert_eq!(rate.marks().map(|mark| rate.label(mark)).collect::<Vec<_>>(), ["0", "1e-3", "2e-3"]);
+        assert_eq!(
+            rate.marks().into_iter().map(|mark| rate.label(mark)).collect::<Vec<_>>(),
+            ["0", "1e-3", "2e-3"]
+        );
     }
 
     #[test]
