@@ -257,7 +257,7 @@ impl ModelInputs {
 /// What a forward pass returns besides logits.
 #[derive(Debug, Clone, Default)]
 pub struct ForwardOptions {
-    /// Rows to compute logits for; empty: all. With rows of a batch, `LogitsToKeep::Last(n)` counts in each row.
+    /// For which positions logits are computed.
     pub logits_to_keep: LogitsToKeep,
     /// Return the residual stream before each layer and after the final norm.
     pub output_hidden_states: bool,

@@ -124,6 +124,9 @@ proptest! {
             start = end;
         }
         prop_assert_eq!(cache.len(), ids.len());
+        // 3 layers of R + rope = 16 + 8 f32 values a slot, and nothing an expanded key or value would take.
+        prop_assert_eq!(cache.bytes() % (3 * (16 + 8) * 4), 0);
+        prop_assert!((ids.len()..2 * ids.len() + 300).contains(&(cache.bytes() / (3 * (16 + 8) * 4))));
         assert_same("cached", &got, &want);
     }
 

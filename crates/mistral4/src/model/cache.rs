@@ -45,7 +45,7 @@ impl LatentCache {
         self.length == 0
     }
 
-    /// Bytes that the latents take.
+    /// Bytes that the latents take, slots kept free for later tokens included.
     pub fn bytes(&self) -> usize {
         let of = |t: &Tensor<3>| t.shape().num_elements() * t.dtype().size();
         self.layers.iter().filter_map(|l| l.latent.as_ref()).map(of).sum()
@@ -137,9 +137,4 @@ impl LayerCache {
         self.latent = Some(latent);
         all
     }
-}
-
-/// Bytes a token takes in the cache of a model.
-pub fn bytes_per_token(config: &mistral4_checkpoint::config::TextConfig, element_bytes: usize) -> usize {
-    config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * element_bytes
 }
