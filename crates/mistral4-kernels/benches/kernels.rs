@@ -1,13 +1,15 @@
 //! Timings of the heavy kernels at the sizes of a small and a medium model.
 //!
-//! Throughput is in floating-point operations per second, except for `matvec` and the decoding cases, which
+//! Throughput is in floating-point operations per second, except for `matvec`, `quantized` with few rows, and the
+//! decoding cases, which
 //! memory limits: there it is bytes of weights (or cache) per second. `MISTRAL4_ISA` picks an instruction set,
 //! `RAYON_NUM_THREADS` the threads. The machine's peaks are printed first.
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mistral4_kernels::{
-    Activation, Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, ExpertDims, ExpertGrads,
-    Experts, LinearDims, Segment, attention, attention_backward, bf16, linear, linear_backward_input,
-    linear_backward_weight, moe_experts, moe_experts_backward, peak_bf16_gflops, peak_f32_gflops,
+    Activation, Attention, AttentionDims, AttentionGrads, AttentionSaved, Bits, Element, ExpertDims,
+    ExpertGrads, Experts, LinearDims, QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims,
+    attention, attention_backward, bf16, linear, linear_backward_input, linear_backward_weight, moe_experts,
+    moe_experts_backward, peak_bf16_gflops, peak_f32_gflops, quantized_experts, quantized_linear,
     read_bandwidth,
 };
 use std::time::Duration;
@@ -107,6 +109,59 @@ fn experts(c: &mut Criterion) {
     }
 }
 
+fn schemes() -> [(&'static str, Scheme); 5] {
+    let int = |bits, group_size, symmetric| Scheme::Int { bits, group_size, symmetric };
+    [
+        ("int8-128", int(Bits::Eight, 128, true)),
+        ("int4-32", int(Bits::Four, 32, true)),
+        ("int4-128", int(Bits::Four, 128, true)),
+        ("int4-128-asymmetric", int(Bits::Four, 128, false)),
+        ("fp8", Scheme::Fp8 { block: usize::MAX }),
+    ]
+}
+
+fn quantized(dims: StackDims, scheme: Scheme) -> QuantizedMatrix {
+    QuantizedMatrix::quantize(dims, scheme, &values::<bf16>(dims.elements())).expect("finite weights")
+}
+
+fn quantized_linears(c: &mut Criterion) {
+    let (outputs, inputs) = (8192, 4096);
+    for (name, scheme) in schemes() {
+        let mut group = c.benchmark_group(format!("quantized/{name}"));
+        let w = quantized(StackDims { matrices: 1, rows: outputs, columns: inputs }, scheme);
+        for rows in [1, 4, 16, 512] {
+            let (x, mut y) = (values::<bf16>(rows * inputs), values::<bf16>(rows * outputs));
+            group.throughput(match rows {
+                512 => Throughput::Elements(2 * (rows * inputs * outputs) as u64),
+                _ => Throughput::Bytes(w.bytes() as u64),
+            });
+            group.bench_function(BenchmarkId::new("linear", rows), |b| {
+                b.iter(|| quantized_linear(rows, &x, &w, &mut y));
+            });
+        }
+        let (experts, hidden, inter) = (64, 1024, 512);
+        let gate_up = quantized(StackDims { matrices: 2 * experts, rows: inter, columns: hidden }, scheme);
+        let down = quantized(StackDims { matrices: experts, rows: hidden, columns: inter }, scheme);
+        for tokens in [1, 512] {
+            let dims = ExpertDims { tokens, top_k: 4, experts, hidden, inter };
+            let x = values::<bf16>(tokens * hidden);
+            let indices: Vec<i32> = (0..tokens * 4).map(|i| (i * 7 % experts) as i32).collect();
+            let weights = vec![0.25; indices.len()];
+            let (gate_up, down) = (&gate_up, &down);
+            let (x, indices, activation) = (&x[..], &indices[..], Activation::Silu);
+            let input = QuantizedExperts { dims, activation, x, indices, weights: &weights, gate_up, down };
+            let mut out = x.to_vec();
+            let used = (gate_up.bytes() + down.bytes()) * 4 / experts;
+            let products = (tokens * 4 * 3 * hidden * inter) as u64;
+            let bytes = Throughput::Bytes(used as u64);
+            group.throughput(if tokens == 1 { bytes } else { Throughput::Elements(2 * products) });
+            group.bench_function(BenchmarkId::new("experts", tokens), |b| {
+                b.iter(|| quantized_experts(&input, &mut out));
+            });
+        }
+    }
+}
+
 fn attentions(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention/bf16");
     for tokens in [512, 2048] {
@@ -156,6 +211,7 @@ fn kernels(c: &mut Criterion) {
     matvec::<bf16>(c);
     matvec::<f32>(c);
     experts(c);
+    quantized_linears(c);
     attentions(c);
 }
 

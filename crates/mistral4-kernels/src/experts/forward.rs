@@ -130,7 +130,7 @@ pub(super) fn scatter<X: Element>(
 
 per_isa! {
     /// `target += factor * values`.
-    pub(super) fn add_scaled(target: &mut [f32], factor: f32, values: &[f32]) = add_scaled_body;
+    pub(crate) fn add_scaled(target: &mut [f32], factor: f32, values: &[f32]) = add_scaled_body;
 }
 
 #[inline(always)]
@@ -155,7 +155,7 @@ fn gate_body<const FMA: bool>(activation: Activation, tile: &mut [f32]) {
 
 per_isa! {
     /// `gate = act(gate) * up`.
-    pub(super) fn gate_slices(activation: Activation, gate: &mut [f32], up: &[f32]) = gate_slices_body;
+    pub(crate) fn gate_slices(activation: Activation, gate: &mut [f32], up: &[f32]) = gate_slices_body;
 }
 
 #[inline(always)]

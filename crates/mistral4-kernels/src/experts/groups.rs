@@ -7,18 +7,18 @@ use crate::scratch::{self, Scratch};
 use std::ops::Range;
 
 /// Token slots (`token * K + k`) sorted by expert; slots of one expert stay in token order.
-pub(super) struct Groups {
+pub(crate) struct Groups {
     /// Sorted row -> slot.
     slots: Vec<u32>,
     top_k: usize,
     /// Experts with tokens and their sorted rows.
-    pub(super) used: Vec<(usize, Range<usize>)>,
+    pub(crate) used: Vec<(usize, Range<usize>)>,
     /// Rows of every left tile, expert after expert.
     tiles: Vec<Range<usize>>,
 }
 
 impl Groups {
-    pub(super) fn new<I: Index>(indices: &[I], top_k: usize, experts: usize) -> Self {
+    pub(crate) fn new<I: Index>(indices: &[I], top_k: usize, experts: usize) -> Self {
         let expert_of = |i: &I| {
             let e = usize::try_from(i.to_i64()).unwrap_or(usize::MAX);
             assert!(e < experts, "expert index {i:?} is not in 0..{experts}");
@@ -46,25 +46,25 @@ impl Groups {
         Self { slots, top_k, used, tiles }
     }
 
-    pub(super) fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.slots.len()
     }
 
     /// Rows of the busiest expert.
-    pub(super) fn most_rows(&self) -> usize {
+    pub(crate) fn most_rows(&self) -> usize {
         self.used.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0)
     }
 
-    pub(super) fn slot(&self, row: usize) -> usize {
+    pub(crate) fn slot(&self, row: usize) -> usize {
         self.slots[row] as usize
     }
 
-    pub(super) fn token(&self, row: usize) -> usize {
+    pub(crate) fn token(&self, row: usize) -> usize {
         self.slot(row) / self.top_k
     }
 
     /// Packs every sorted row (`depth` elements each) as left tiles.
-    pub(super) fn pack_left<'a, P: Panel, T: Element>(
+    pub(crate) fn pack_left<'a, P: Panel, T: Element>(
         &self,
         isa: Isa,
         depth: usize,
@@ -86,7 +86,7 @@ impl Groups {
     ///
     /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; `finish(rows, sums)`
     /// receives `[panels, rows, NR]` sums, in the order of experts and rows.
-    pub(super) fn multiply<P: Panel>(
+    pub(crate) fn multiply<P: Panel>(
         &self,
         isa: Isa,
         left: &[P],

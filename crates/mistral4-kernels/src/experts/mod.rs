@@ -10,6 +10,8 @@ mod groups;
 
 pub use backward::{ExpertGrads, moe_experts_backward};
 pub use forward::moe_experts;
+pub(crate) use forward::{add_scaled, gate_slices};
+pub(crate) use groups::Groups;
 
 use crate::element::{Element, Index};
 

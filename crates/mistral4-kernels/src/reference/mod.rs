@@ -5,6 +5,7 @@ mod gemm;
 mod loss;
 mod norm;
 mod optimizer;
+mod quantized;
 mod rope;
 mod router;
 
@@ -14,6 +15,10 @@ pub use gemm::gemm;
 pub use loss::linear_cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use optimizer::adamw_step;
+pub use quantized::{
+    dequantized, quantized_experts, quantized_experts_backward, quantized_linear,
+    quantized_linear_backward_input,
+};
 pub use rope::rope;
 pub use router::{route, route_backward};
 

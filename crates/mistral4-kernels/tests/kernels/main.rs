@@ -6,5 +6,6 @@ mod gradients;
 mod loss;
 mod norm_rope;
 mod optimizer;
+mod quantized;
 mod router;
 mod support;
