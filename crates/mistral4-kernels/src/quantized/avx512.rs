@@ -3,7 +3,7 @@
 //! A lane is a row of the panel, so that nothing is ever added across lanes.
 use super::LANES;
 use super::activations::{Digits, is_four};
-use super::matrix::{Panel, Scales, Scheme};
+use super::matrix::{Panel, Scales, Scheme, Tile};
 use super::product::ROWS;
 use half::bf16;
 use std::arch::x86_64::*;
@@ -107,27 +107,31 @@ unsafe fn int_kernel<const R: usize, const FOUR: bool>(
                 let sum = *x.sums.get_unchecked(first + group);
                 low[0] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-sum));
             }
-            let mut column = group * group_size;
-            for tile in tiles {
-                let codes = _mm512_load_si512(tile.0.as_ptr().cast());
-                let mut step = |codes: __m512i, column: usize, chain: usize| {
-                    for r in 0..R {
-                        let word = |from: *const i8| {
-                            _mm512_set1_epi32(from.add(column).cast::<i32>().read_unaligned())
-                        };
-                        let chain = if R == 1 { chain } else { 0 };
-                        high[r][chain] = _mm512_dpbusd_epi32(high[r][chain], codes, word(rows[r].0));
-                        low[r][chain] =
-                            _mm512_dpbusd_epi32(low[r][chain], codes, word(rows[r].0.add(x.stride)));
-                    }
-                };
-                if FOUR {
-                    step(_mm512_and_si512(codes, nibble), column, 0);
-                    step(_mm512_and_si512(_mm512_srli_epi16::<4>(codes), nibble), column + 4, 1);
-                    column += 8;
-                } else {
-                    step(codes, column, column / 4 % 2);
-                    column += 4;
+            let mut step = |codes: __m512i, column: usize, chain: usize| {
+                for r in 0..R {
+                    let word =
+                        |from: *const i8| _mm512_set1_epi32(from.add(column).cast::<i32>().read_unaligned());
+                    let chain = if R == 1 { chain } else { 0 };
+                    high[r][chain] = _mm512_dpbusd_epi32(high[r][chain], codes, word(rows[r].0));
+                    low[r][chain] = _mm512_dpbusd_epi32(low[r][chain], codes, word(rows[r].0.add(x.stride)));
+                }
+            };
+            let load = |tile: &Tile| _mm512_load_si512(tile.0.as_ptr().cast());
+            let first = group * group_size;
+            if FOUR {
+                for (i, tile) in tiles.iter().enumerate() {
+                    let codes = load(tile);
+                    step(_mm512_and_si512(codes, nibble), first + 8 * i, 0);
+                    step(_mm512_and_si512(_mm512_srli_epi16::<4>(codes), nibble), first + 8 * i + 4, 1);
+                }
+            } else {
+                let (pairs, last) = tiles.as_chunks::<2>();
+                for (i, [a, b]) in pairs.iter().enumerate() {
+                    step(load(a), first + 8 * i, 0);
+                    step(load(b), first + 8 * i + 4, 1);
+                }
+                if let [last] = last {
+                    step(load(last), first + 8 * pairs.len(), 0);
                 }
             }
             let scale = scales(&stack.scales, lanes);
