@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
-use mistral4_checkpoint::config::{ActivationScheme, ConfigFile, ConfigOptions, Quantization};
+use mistral4_checkpoint::config::{ActivationScheme, ConfigFile, ConfigOptions, Fp8Quantization};
 use mistral4_checkpoint::weights::names::{self, TensorSpec};
 use serde_json::{Map, Value, json};
 
@@ -75,9 +75,9 @@ pub(crate) fn write(folder: &Path, preset: &str) -> Result<()> {
     let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
     std::fs::write(folder.join("model.safetensors.index.json"), format!("{index:#}\n"))?;
 
-    let quantization = Quantization {
+    let quantization = Fp8Quantization {
         activation_scheme: ActivationScheme::Static,
-        ..Quantization::per_tensor(config.config.vision.is_some())
+        ..Fp8Quantization::per_tensor(config.config.vision.is_some())
     };
     let mut config = config.to_hf_json();
     config["quantization_config"] = quantization.to_json();

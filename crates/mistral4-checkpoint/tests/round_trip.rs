@@ -5,7 +5,8 @@ use std::path::Path;
 use mistral4_checkpoint::config::{ConfigFile, ConfigForm, ConfigOptions};
 use mistral4_checkpoint::weights::names::{self, TensorKind, TensorSpec};
 use mistral4_checkpoint::weights::{
-    Checkpoint, DType, HostTensor, SaveDType, SaveOptions, SaveReport, StoredDType, convert, fp8, save,
+    Bits, Checkpoint, DType, HostTensor, SaveDType, SaveOptions, SaveReport, StoredDType, WeightFormat,
+    WeightQuantization, convert, fp8, quantize, save, stack_dims,
 };
 use mistral4_checkpoint::{Error, initial_tensor};
 
@@ -359,4 +360,107 @@ fn experts_that_are_stored_one_by_one_are_stacked() {
     assert!(error.contains("1 unusable") && error.contains("some of which are missing"), "{error}");
     let key = "language_model.model.layers.1.mlp.experts.gate_up_proj";
     assert!(checkpoint.read(key, DType::F32).is_err());
+}
+
+/// Integer weights are written packed and read back as the codes that quantising gives, by every way of reading.
+#[test]
+fn packed_integers_are_read_back() {
+    for bits in [Bits::Four, Bits::Eight] {
+        for symmetric in [true, false] {
+            let format = WeightFormat::Int { bits, group_size: 32, symmetric };
+            let eight = WeightFormat::Int { bits: Bits::Eight, group_size: 32, symmetric: true };
+            for lm_head in [None, Some(eight)] {
+                let quantization = WeightQuantization { weights: format, lm_head };
+                let [source, packed, again, dense] = [(); 4].map(|()| tempfile::tempdir().unwrap());
+                let config = tiny();
+                write(source.path(), &config, &SaveOptions { dtype: F32, ..SaveOptions::default() });
+                let source = open(source.path());
+                let to = |dtype| SaveOptions { dtype, ..SaveOptions::default() };
+                let dtype = SaveDType::Packed(quantization);
+                convert(&source, packed.path(), &to(dtype)).unwrap();
+                let checkpoint = open(packed.path());
+                for spec in checkpoint.tensors() {
+                    let original = source.read(&spec.key, DType::F32).unwrap();
+                    let stored = checkpoint.stored_quantized(&spec).unwrap();
+                    // Groups of 32 do not divide its 48 columns.
+                    let is_ragged = spec.key.ends_with("q_b_proj.weight");
+                    match quantization.of(&spec).filter(|_| !is_ragged) {
+                        None => {
+                            assert_eq!(stored, None, "{}", spec.key);
+                            assert_ne!(checkpoint.stored_dtype(&spec.key), Some(StoredDType::I32));
+                        }
+                        Some(format) => {
+                            let want = quantize(&spec, format, &original.data).unwrap();
+                            assert_eq!(stored.as_ref(), Some(&want), "{}", spec.key);
+                            let mut restored = Vec::new();
+                            let dims = stack_dims(&spec);
+                            for matrix in 0..dims.matrices {
+                                let mut values = vec![0.0f32; dims.rows * dims.columns];
+                                want.dequantize(matrix, &mut values);
+                                restored.extend(values);
+                            }
+                            assert_eq!(values(&checkpoint, &spec), restored, "{}", spec.key);
+                        }
+                    }
+                }
+                // The same codes again, and dense values.
+                convert(&checkpoint, again.path(), &to(dtype)).unwrap();
+                let bytes = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+                assert!(bytes(packed.path()) == bytes(again.path()));
+                assert_eq!(
+                    checkpoint.config_file().quantization,
+                    open(again.path()).config_file().quantization
+                );
+                convert(&checkpoint, dense.path(), &to(F32)).unwrap();
+                let dense = open(dense.path());
+                assert_eq!(dense.config_file().quantization, None);
+                for spec in dense.tensors() {
+                    assert_eq!(values(&dense, &spec), values(&checkpoint, &spec), "{}", spec.key);
+                }
+            }
+        }
+    }
+}
+
+/// FP8 weights are taken as they are stored, in both forms of a checkpoint.
+#[test]
+fn fp8_stays_fp8() {
+    for form in [ConfigForm::Hf, ConfigForm::Native] {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &tiny(), &SaveOptions { dtype: SaveDType::Fp8, form, ..SaveOptions::default() });
+        let checkpoint = open(folder.path());
+        let mut found = 0;
+        for spec in checkpoint.tensors() {
+            let stored = checkpoint.stored_quantized(&spec).unwrap();
+            assert_eq!(stored.is_some(), spec.is_quantisable(), "{}", spec.key);
+            let Some(stored) = stored else { continue };
+            found += 1;
+            let dims = stored.dims();
+            let mut restored = vec![0.0f32; dims.elements()];
+            for (matrix, values) in restored.chunks_mut(dims.rows * dims.columns).enumerate() {
+                stored.dequantize(matrix, values);
+            }
+            assert_eq!(values(&checkpoint, &spec), restored, "{}", spec.key);
+        }
+        assert!(found > 10);
+    }
+}
+
+#[test]
+fn impossible_packings_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    let format = |group_size| WeightFormat::Int { bits: Bits::Four, group_size, symmetric: true };
+    let attempt = |group_size, form| {
+        let dtype = SaveDType::Packed(WeightQuantization { weights: format(group_size), lm_head: None });
+        let options = SaveOptions { dtype, form, ..SaveOptions::default() };
+        let error = save(folder.path(), &config, &options, |spec| -> Result<_, Error> {
+            Ok(HostTensor::f32(spec.shape.clone(), initial_tensor(spec, &config.config, 5)))
+        });
+        error.unwrap_err().to_string()
+    };
+    let error = attempt(256, ConfigForm::Hf);
+    assert!(error.contains("the groups divide the columns of no weight"), "{error}");
+    let error = attempt(32, ConfigForm::Native);
+    assert!(error.contains("no packed integers"), "{error}");
 }

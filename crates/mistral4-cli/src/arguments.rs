@@ -11,6 +11,7 @@ use mistral4_checkpoint::weights::DType;
 use crate::commands;
 use crate::device::DeviceChoice;
 use crate::error::Error;
+use crate::quantize::QuantizeArguments;
 use crate::stdout;
 
 /// The Mistral 4 model family in Rust: train, generate, chat, convert, inspect, compare, measure.
@@ -105,6 +106,9 @@ pub struct ModelArguments {
     /// Softmax scale, whatever the model's configuration says: standard or yarn-mscale
     #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub softmax_scale: Option<SoftmaxScalePolicy>,
+    /// How weights are quantised.
+    #[command(flatten)]
+    pub quantize: QuantizeArguments,
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArguments,

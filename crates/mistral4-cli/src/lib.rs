@@ -11,6 +11,7 @@ mod error;
 mod format;
 mod load;
 mod progress;
+pub mod quantize;
 mod stdout;
 mod tensors;
 

@@ -5,14 +5,33 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use mistral4::Mistral4;
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::{CheckpointSource, ParameterSource};
+use mistral4::weights::{CheckpointSource, ParameterSource, QuantizedSource};
 use mistral4_checkpoint::config::ConfigOptions;
 use mistral4_checkpoint::hub::{self, HubOptions};
-use mistral4_checkpoint::weights::{Checkpoint, DType, HostTensor, StoredDType};
+use mistral4_checkpoint::weights::{
+    Checkpoint, DType, HostTensor, QuantizedMatrix, StoredDType, WeightQuantization,
+};
 
 use crate::error::Result;
 use crate::format;
 use crate::progress::Progress;
+
+/// How linears and experts are held in memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Weights {
+    /// Dense, whatever they are stored as.
+    Dense,
+    /// Packed integers as they are stored, everything else dense.
+    AsStored,
+    /// Quantised.
+    Quantized(WeightQuantization),
+}
+
+impl From<Option<WeightQuantization>> for Weights {
+    fn from(quantization: Option<WeightQuantization>) -> Self {
+        quantization.map_or(Weights::AsStored, Weights::Quantized)
+    }
+}
 
 /// A model with the checkpoint that it came from.
 #[derive(Debug)]
@@ -69,7 +88,7 @@ pub fn load_model(
     options: &ConfigOptions,
     device: &Device,
 ) -> Result<Loaded> {
-    load_folder(&model_folder(model)?, dtype, options, device)
+    load_folder(&model_folder(model)?, dtype, Weights::AsStored, options, device)
 }
 
 /// As [`load_model`], for a folder.
@@ -79,12 +98,13 @@ pub fn load_model(
 pub(crate) fn load_folder(
     folder: &Path,
     dtype: Option<DType>,
+    weights: Weights,
     options: &ConfigOptions,
     device: &Device,
 ) -> Result<Loaded> {
     let checkpoint = open_checkpoint(folder, options)?;
     let dtype = dtype.unwrap_or_else(|| stored_dtype(&checkpoint));
-    let model = build(&checkpoint, dtype, device)?;
+    let model = build(&checkpoint, dtype, weights, device)?;
     Ok(Loaded { model, checkpoint, dtype })
 }
 
@@ -92,9 +112,20 @@ pub(crate) fn load_folder(
 ///
 /// # Errors
 /// When a tensor cannot be read.
-pub(crate) fn build(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Mistral4> {
+pub(crate) fn build(
+    checkpoint: &Checkpoint,
+    dtype: DType,
+    weights: Weights,
+    device: &Device,
+) -> Result<Mistral4> {
+    let dense = CheckpointSource { checkpoint, dtype };
+    let quantized = match weights {
+        Weights::Dense => None,
+        Weights::AsStored => Some(QuantizedSource::of_checkpoint(&dense, checkpoint, None)),
+        Weights::Quantized(how) => Some(QuantizedSource::of_checkpoint(&dense, checkpoint, Some(how))),
+    };
     let source = Counting {
-        source: CheckpointSource { checkpoint, dtype },
+        source: quantized.as_ref().map_or(&dense as &dyn ParameterSource, |source| source),
         progress: Progress::new("loading weights", checkpoint.tensors().len() as u64),
     };
     Ok(Mistral4::new(checkpoint.config(), MoeOptions::default(), &source, device)?)
@@ -109,15 +140,25 @@ pub(crate) fn stored_dtype(checkpoint: &Checkpoint) -> DType {
     }
 }
 
-struct Counting<S> {
-    source: S,
+struct Counting<'a> {
+    source: &'a dyn ParameterSource,
     progress: Progress,
 }
 
-impl<S: ParameterSource> ParameterSource for Counting<S> {
+impl ParameterSource for Counting<'_> {
     fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
         let tensor = self.source.tensor(key, shape, f32)?;
         self.progress.advance(1);
         Ok(tensor)
+    }
+
+    fn quantized(&self, key: &str, shape: &[usize]) -> mistral4::Result<Option<QuantizedMatrix>> {
+        let weight = self.source.quantized(key, shape)?;
+        self.progress.advance(u64::from(weight.is_some()));
+        Ok(weight)
+    }
+
+    fn dtype(&self) -> DType {
+        self.source.dtype()
     }
 }

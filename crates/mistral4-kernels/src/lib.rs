@@ -42,8 +42,8 @@ pub use norm::{RmsNormSaved, rms_norm, rms_norm_backward};
 pub use optimizer::{AdamW, AdamWState, adamw_step, adamw_step_master, scale, sum_of_squares};
 pub use peaks::{peak_bf16_gflops, peak_f32_gflops, read_bandwidth};
 pub use quantized::{
-    Bits, Fp8Scales, QuantizeError, QuantizedExperts, QuantizedMatrix, Scales, Scheme, StackDims,
-    quantized_experts, quantized_experts_backward, quantized_linear, quantized_linear_backward_input,
+    Bits, QuantizeError, QuantizedExperts, QuantizedMatrix, Scales, Scheme, StackDims, quantized_experts,
+    quantized_experts_backward, quantized_linear, quantized_linear_backward_input,
 };
 pub use rope::{RopeDims, rope, rope_backward};
 pub use router::{RouterDims, Routing, RoutingGrads, route, route_backward};

@@ -37,6 +37,11 @@ impl<'a> Fields<'a> {
         Some(value)
     }
 
+    /// The names of all keys.
+    pub(super) fn keys(&self) -> Vec<&'a str> {
+        self.map.keys().map(String::as_str).collect()
+    }
+
     /// The value of a key that is there and not null.
     pub(super) fn non_null(&self, key: &str) -> Option<&'a Value> {
         self.get(key).filter(|value| !value.is_null())

@@ -91,12 +91,10 @@ impl ConfigFile {
             }
             (_, None) => unreachable!("a parsed configuration is an object"),
         }
-        let quantization = self.quantization.clone().map(|mut quantization| {
-            quantization
-                .modules_to_not_convert
-                .retain(|name| !name.contains("vision") && !name.contains("projector"));
-            quantization
-        });
+        let mut quantization = self.quantization.clone();
+        if let Some(Quantization::Fp8(fp8)) = &mut quantization {
+            fp8.modules_to_not_convert.retain(|name| !name.contains("vision") && !name.contains("projector"));
+        }
         ConfigFile { config: self.config.text_only(), quantization, raw, ..self.clone() }
     }
 }

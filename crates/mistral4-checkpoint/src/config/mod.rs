@@ -17,7 +17,8 @@ mod write_native;
 pub use file::{ConfigFile, ConfigForm};
 pub use hf::supports_config;
 pub use preset::preset_names;
-pub use quantization::{ActivationScheme, Quantization};
+pub(crate) use quantization::packed_json;
+pub use quantization::{ActivationScheme, Fp8Quantization, PackedGroup, Quantization};
 pub use softmax_scale::{ConfigOptions, yarn_get_mscale};
 
 /// What a checkpoint is: a text model, or a text model behind a vision tower and a projector.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
 use super::hf::{Parsed, check_routing};
-use super::quantization::{ActivationScheme, Quantization};
+use super::quantization::{ActivationScheme, Fp8Quantization, Quantization};
 use super::softmax_scale::{self, ConfigOptions};
 use super::vision::{check_heads, merge_size};
 use super::{Activation, Config, MultimodalConfig, RopeParameters, TextConfig, VisionConfig, YarnParameters};
@@ -263,5 +263,6 @@ fn quantization(fields: &Fields<'_>, multimodal: bool) -> Result<Option<Quantiza
             return Err(quantization.invalid("qscheme_act", "unknown scheme", "use TENSOR or NO_SCALES"));
         }
     };
-    Ok(Some(Quantization { activation_scheme, ..Quantization::per_tensor(multimodal) }))
+    let fp8 = Fp8Quantization { activation_scheme, ..Fp8Quantization::per_tensor(multimodal) };
+    Ok(Some(Quantization::Fp8(fp8)))
 }

@@ -8,10 +8,11 @@ use super::check::CheckReport;
 use super::decode::{self, Element, RawTensor, Scale};
 use super::dtype::{DType, StoredDType};
 use super::host::{HostData, HostTensor};
-use super::names::{self, TensorSpec};
+use super::names::{self, TensorKind, TensorSpec};
 use super::native_names;
+use super::packed::{self, Packed};
 use super::sources::{Pieces, Place, Slot, Sources};
-use crate::config::{Config, ConfigFile, ConfigOptions, MultimodalConfig};
+use crate::config::{Config, ConfigFile, ConfigOptions, MultimodalConfig, Quantization};
 use crate::error::{Error, Result};
 
 /// Scales are taken to be for blocks of this size where the configuration does not say.
@@ -124,7 +125,7 @@ impl Checkpoint {
     /// Stored shape of a parameter; for experts stored one by one, the shape of their stack.
     pub fn stored_shape(&self, canonical: &str) -> Option<Vec<usize>> {
         match self.find(canonical)? {
-            Found::Whole(slot) => Some(self.sources.entry(slot.weight.as_ref()?).shape.clone()),
+            Found::Whole(slot) => self.sources.shape(slot),
             Found::Pieces(pieces) => self.sources.stacked_shape(pieces),
         }
     }
@@ -164,16 +165,14 @@ impl Checkpoint {
             if known.contains(key) || self.text_of_multimodal && is_vision(key) {
                 continue;
             }
-            report
-                .extra
-                .extend([&slot.weight, &slot.scale].into_iter().flatten().map(|place| place.key.clone()));
+            report.extra.extend(slot.places().map(|place| place.key.clone()));
         }
         if report.is_clean() { Ok(()) } else { Err(Error::Mismatch { folder: self.folder.clone(), report }) }
     }
 
     fn check_one(&self, spec: &TensorSpec, found: &Found<'_>) -> std::result::Result<(), String> {
         let shape = match found {
-            Found::Whole(slot) => slot.weight.as_ref().map(|place| self.sources.entry(place).shape.clone()),
+            Found::Whole(slot) => self.sources.shape(slot),
             Found::Pieces(pieces) => Some(
                 self.sources
                     .stacked_shape(pieces)
@@ -190,6 +189,15 @@ impl Checkpoint {
 
     fn check_slot(&self, spec: &TensorSpec, slot: &Slot) -> std::result::Result<(), String> {
         let Some(place) = &slot.weight else { return Err("a scale but no weight".into()) };
+        if packed::is_packed(slot) {
+            if !spec.is_quantisable() && spec.kind != TensorKind::LmHead {
+                return Err("must not be quantised to integers".into());
+            }
+            return Packed::open(&self.sources, slot).map(|_| ());
+        }
+        if slot.zero.is_some() || slot.shape.is_some() {
+            return Err("parts of packed codes, but no codes".into());
+        }
         let entry = self.sources.entry(place);
         if !decode::is_float(entry.dtype) {
             return Err(format!("stored as {}, which is not read", entry.dtype));
@@ -235,12 +243,21 @@ impl Checkpoint {
         };
         let mut values = vec![T::default(); shape.iter().product()];
         match found {
+            Found::Whole(slot) if packed::is_packed(slot) => {
+                self.open_packed(canonical, slot)?.decode(&mut values)
+            }
             Found::Whole(slot) => {
                 decode::decode(&self.raw(canonical, slot)?, &mut values);
                 if self.sources.native && native_names::is_permuted(canonical) {
                     values = self.unpermuted_rows(values, &shape).ok_or_else(|| {
                         self.tensor_error(canonical, &format!("shape {shape:?} is no stack of heads"))
                     })?;
+                }
+            }
+            Found::Pieces(pieces) if pieces.values().all(packed::is_packed) => {
+                let size = values.len() / pieces.len();
+                for (slot, values) in pieces.values().zip(values.chunks_mut(size)) {
+                    self.open_packed(canonical, slot)?.decode(values);
                 }
             }
             Found::Pieces(pieces) => {
@@ -278,7 +295,7 @@ impl Checkpoint {
     /// When its format or scale cannot be used.
     pub fn view(&self, canonical: &str) -> Result<Option<RawTensor<'_>>> {
         match self.find(canonical) {
-            Some(Found::Whole(slot)) if slot.weight.is_some() => {
+            Some(Found::Whole(slot)) if slot.weight.is_some() && !packed::is_packed(slot) => {
                 if self.sources.native && native_names::is_permuted(canonical) {
                     return Ok(None);
                 }
@@ -288,7 +305,15 @@ impl Checkpoint {
         }
     }
 
-    fn raw(&self, canonical: &str, slot: &Slot) -> Result<RawTensor<'_>> {
+    fn open_packed(&self, canonical: &str, slot: &Slot) -> Result<Packed<'_>> {
+        Packed::open(&self.sources, slot).map_err(|problem| self.tensor_error(canonical, &problem))
+    }
+
+    pub(super) fn sources(&self) -> &Sources {
+        &self.sources
+    }
+
+    pub(super) fn raw(&self, canonical: &str, slot: &Slot) -> Result<RawTensor<'_>> {
         let Some(place) = &slot.weight else {
             return Err(self.tensor_error(canonical, "it has a scale but no weight"));
         };
@@ -321,11 +346,14 @@ impl Checkpoint {
         let entry = self.sources.entry(place);
         let values = decode::scale_values(entry.dtype, &entry.shape, self.sources.bytes(place))
             .ok_or_else(|| format!("its scale is stored as {}", entry.dtype))?;
-        let block = self.config.quantization.as_ref().and_then(|quantization| quantization.weight_block_size);
+        let block = match &self.config.quantization {
+            Some(Quantization::Fp8(fp8)) => fp8.weight_block_size,
+            _ => None,
+        };
         Scale::arrange(values, &entry.shape, weight, block.unwrap_or(DEFAULT_BLOCK))
     }
 
-    fn tensor_error(&self, canonical: &str, problem: &str) -> Error {
+    pub(super) fn tensor_error(&self, canonical: &str, problem: &str) -> Error {
         Error::Tensor { file: self.folder.clone(), key: canonical.to_owned(), problem: problem.to_owned() }
     }
 
@@ -338,7 +366,7 @@ impl Checkpoint {
         }
     }
 
-    fn find(&self, canonical: &str) -> Option<Found<'_>> {
+    pub(super) fn find(&self, canonical: &str) -> Option<Found<'_>> {
         let key = self.file_key(canonical);
         let whole = self.sources.whole.get(key.as_ref()).map(Found::Whole);
         whole.or_else(|| self.sources.pieces.get(key.as_ref()).map(Found::Pieces))
@@ -349,17 +377,17 @@ fn is_vision(canonical: &str) -> bool {
     canonical.starts_with("vision_tower.") || canonical.starts_with("multi_modal_projector.")
 }
 
-enum Found<'a> {
+pub(super) enum Found<'a> {
     Whole(&'a Slot),
     Pieces(&'a Pieces),
 }
 
 impl<'a> Found<'a> {
-    fn has_weight(&self) -> bool {
+    pub(super) fn has_weight(&self) -> bool {
         self.slots().any(|slot| slot.weight.is_some())
     }
 
-    fn slots(&self) -> Box<dyn Iterator<Item = &'a Slot> + 'a> {
+    pub(super) fn slots(&self) -> Box<dyn Iterator<Item = &'a Slot> + 'a> {
         match *self {
             Found::Whole(slot) => Box::new(std::iter::once(slot)),
             Found::Pieces(pieces) => Box::new(pieces.values()),

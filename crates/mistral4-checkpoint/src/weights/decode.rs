@@ -77,7 +77,7 @@ impl Scale {
     }
 
     /// The scales of a row: one for each block of columns.
-    fn row(&self, expert: usize, row: usize) -> &[f32] {
+    pub(crate) fn row(&self, expert: usize, row: usize) -> &[f32] {
         let [experts, row_blocks, column_blocks] = self.shape;
         let expert = if experts == 1 { 0 } else { expert };
         let row_block = if row_blocks == 1 { 0 } else { row / self.block.0 };

@@ -4,12 +4,14 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use half::{bf16, f16};
+use mistral4_kernels::QuantizedMatrix;
 use rayon::prelude::*;
 
 use super::dtype::DType;
 use super::fp8;
 use super::host::HostData;
 use super::layout::{Encoding, Part};
+use super::packed::{pack_codes, pack_zeros};
 use super::writer::ShardWriter;
 use crate::error::{Error, Result};
 
@@ -23,6 +25,8 @@ pub(crate) enum Payload<'a> {
     Host(HostData),
     /// FP8 codes with one scale for each equal run of them, copied as they are.
     Fp8 { codes: Cow<'a, [u8]>, scales: Vec<f32> },
+    /// Codes for packed parts.
+    Quantized(QuantizedMatrix),
 }
 
 /// Writes one part of a parameter.
@@ -45,11 +49,29 @@ pub(crate) fn write_part(shard: &mut ShardWriter, part: &Part, payload: &Payload
                     let step = part.values.len() / groups;
                     (0..groups).map(|group| scales[(part.values.start + group * step) / per_scale]).collect()
                 }
+                Payload::Quantized(_) => unreachable!("integer codes are only made for packed parts"),
             };
             let bytes: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
             shard.tensor(scale_key)?.write(&bytes)
         }
-        (Encoding::Float(_), Payload::Fp8 { .. }) => unreachable!("codes are only passed on to FP8 parts"),
+        (Encoding::Packed { matrix, bits, symmetric, .. }, Payload::Quantized(stack)) => {
+            let key = &part.key;
+            shard.tensor(&format!("{key}_packed"))?.write(&pack_codes(stack, *matrix, *bits))?;
+            let groups = stack.groups();
+            let scales = (0..part.shape[0] * groups)
+                .flat_map(|i| bf16::from_f32(stack.scale(*matrix, i / groups, i % groups)).to_le_bytes());
+            shard.tensor(&format!("{key}_scale"))?.write(&scales.collect::<Vec<u8>>())?;
+            let shape: Vec<u8> = part.shape.iter().flat_map(|size| (*size as i64).to_le_bytes()).collect();
+            shard.tensor(&format!("{key}_shape"))?.write(&shape)?;
+            if !symmetric {
+                let zeros = pack_zeros(stack, *matrix, *bits);
+                shard.tensor(&format!("{key}_zero_point"))?.write(&zeros)?;
+            }
+            Ok(())
+        }
+        (Encoding::Float(_) | Encoding::Packed { .. }, _) => {
+            unreachable!("codes are only passed on to parts of their form")
+        }
     }
 }
 

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use mistral4_kernels::{Bits, StackDims};
+
 use super::dtype::{DType, StoredDType};
 use super::names::{self, TensorKind, TensorSpec};
 use super::native_names;
+use super::quantize::{WeightFormat, WeightQuantization, stack_dims};
 use crate::config::{Config, ConfigForm};
 use crate::error::{Error, Result};
 
@@ -15,6 +18,8 @@ pub enum SaveDType {
     Float(DType),
     /// The decoder's linears and experts as FP8 with one scale a weight or expert, everything else as bf16.
     Fp8,
+    /// Integer codes, packed as the compressed-tensors library does; everything else as bf16.
+    Packed(WeightQuantization),
 }
 
 impl SaveDType {
@@ -33,7 +38,7 @@ impl SaveDType {
     pub(crate) fn float(self) -> DType {
         match self {
             SaveDType::Float(dtype) => dtype,
-            SaveDType::Fp8 => DType::BF16,
+            SaveDType::Fp8 | SaveDType::Packed(_) => DType::BF16,
         }
     }
 }
@@ -56,6 +61,13 @@ pub(crate) enum Encoding {
     Fp8 {
         scale_key: String,
         scale_shape: Vec<usize>,
+    },
+    /// Integer codes of one matrix of the parameter's stack, under `.weight_packed` and its like.
+    Packed {
+        matrix: usize,
+        bits: Bits,
+        group_size: usize,
+        symmetric: bool,
     },
 }
 
@@ -84,6 +96,21 @@ impl Part {
                 item(&self.key, StoredDType::F8E4M3, &self.shape),
                 item(scale_key, StoredDType::F32, scale_shape),
             ],
+            Encoding::Packed { bits, group_size, symmetric, .. } => {
+                let (rows, columns) = (self.shape[0], self.shape[1]);
+                let groups = columns.div_ceil(*group_size);
+                let words = |count: usize| (count * bits.count()).div_ceil(32);
+                let mut items = vec![
+                    item(&format!("{}_packed", self.key), StoredDType::I32, &[rows, words(columns)]),
+                    item(&format!("{}_scale", self.key), StoredDType::BF16, &[rows, groups]),
+                    item(&format!("{}_shape", self.key), StoredDType::I64, &[2]),
+                ];
+                if !symmetric {
+                    let zeros = format!("{}_zero_point", self.key);
+                    items.push(item(&zeros, StoredDType::I32, &[words(rows), groups]));
+                }
+                items
+            }
         }
     }
 }
@@ -96,6 +123,11 @@ pub(crate) fn parts(spec: &TensorSpec, form: ConfigForm, dtype: SaveDType) -> Re
     let float = if spec.kind == TensorKind::GateBias { DType::F32 } else { dtype.float() };
     let quantised = dtype == SaveDType::Fp8 && spec.is_quantisable();
     let is_stack = matches!(spec.kind, TensorKind::ExpertsGateUp | TensorKind::ExpertsDown);
+    if let SaveDType::Packed(quantization) = dtype
+        && let Some(format) = quantization.stored(spec)
+    {
+        return packed_parts(spec, form, format);
+    }
     if form == ConfigForm::Native && is_stack {
         return expert_parts(spec, quantised, float);
     }
@@ -134,6 +166,32 @@ fn expert_parts(spec: &TensorSpec, quantised: bool, float: DType) -> Result<Vec<
         }
     }
     Ok(parts)
+}
+
+/// One part for each matrix: a linear's own, or each expert's gate, up and down.
+fn packed_parts(spec: &TensorSpec, form: ConfigForm, format: WeightFormat) -> Result<Vec<Part>> {
+    let refuse = |format, problem: String| Error::Unrepresentable { key: spec.key.clone(), format, problem };
+    if form == ConfigForm::Native {
+        return Err(refuse("native", "it has no packed integers; write Hugging Face's form".into()));
+    }
+    let WeightFormat::Int { bits, group_size, symmetric } = format else {
+        return Err(refuse("packed", "only integer codes are packed".into()));
+    };
+    let StackDims { matrices, rows, columns } = stack_dims(spec);
+    let part = |matrix: usize| {
+        let key = match (spec.kind, spec.key.rsplit_once('.')) {
+            (TensorKind::ExpertsGateUp, Some((experts, _))) => {
+                let name = if matrix.is_multiple_of(2) { "gate_proj" } else { "up_proj" };
+                format!("{experts}.{}.{name}.weight", matrix / 2)
+            }
+            (TensorKind::ExpertsDown, Some((experts, _))) => format!("{experts}.{matrix}.down_proj.weight"),
+            _ => spec.key.clone(),
+        };
+        let values = matrix * rows * columns..(matrix + 1) * rows * columns;
+        let encoding = Encoding::Packed { matrix, bits, group_size, symmetric };
+        Part { key, shape: vec![rows, columns], values, encoding }
+    };
+    Ok((0..matrices).map(part).collect())
 }
 
 fn native_scale(key: &str) -> String {

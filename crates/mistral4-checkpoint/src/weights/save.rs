@@ -1,7 +1,7 @@
 //! Writing a checkpoint folder, one tensor in memory at a time.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -13,8 +13,12 @@ use super::host::{HostData, HostTensor};
 use super::layout::{self, Item, Part, Planned, SaveDType};
 use super::names::{TensorKind, TensorSpec};
 use super::native_names;
+use super::quantize::{WeightFormat, WeightQuantization, quantize};
 use super::writer::{PARTIAL, PendingFile, ShardWriter, sync_folder};
-use crate::config::{Config, ConfigFile, ConfigForm, Quantization, SoftmaxScale, SoftmaxScalePolicy};
+use crate::config::{
+    Config, ConfigFile, ConfigForm, Fp8Quantization, PackedGroup, SoftmaxScale, SoftmaxScalePolicy,
+    packed_json,
+};
 use crate::error::{Error, Result};
 
 /// How a checkpoint is written.
@@ -120,6 +124,17 @@ pub fn convert(checkpoint: &Checkpoint, folder: &Path, options: &SaveOptions<'_>
             }
             return checkpoint.read(&spec.key, DType::F32).map(|host| Payload::Host(host.data));
         }
+        if let SaveDType::Packed(quantization) = options.dtype
+            && let Some(format) = quantization.stored(spec)
+        {
+            let stored = checkpoint.stored_quantized(spec)?;
+            return match stored
+                .filter(|stored| stored.has_bf16_scales() && stored.scheme() == format.scheme(0))
+            {
+                Some(stored) => Ok(Payload::Quantized(stored)),
+                None => checkpoint.read(&spec.key, DType::F32).map(|host| Payload::Host(host.data)),
+            };
+        }
         let dtype = if spec.kind == TensorKind::GateBias { DType::F32 } else { float };
         checkpoint.read(&spec.key, dtype).map(|host| Payload::Host(host.data))
     })
@@ -136,6 +151,12 @@ fn write<'a, E: From<Error>>(
     remove_partial(folder)?;
     let config_json = config_json(config, options)?;
     let mut warnings = softmax_warning(&config.config, options.form, &config_json);
+    if let SaveDType::Packed(quantization) = options.dtype {
+        let names = Vec::from_iter(unpacked(&config.config, quantization)?);
+        warnings.extend((!names.is_empty()).then(|| {
+            format!("groups do not divide the columns of {}; they stay as they are", names.join(", "))
+        }));
+    }
     // Whether a bias is written depends on its values, and the layout on whether it is written.
     let mut biases = HashMap::new();
     for spec in super::names::tensors(&config.config).iter().filter(|spec| spec.kind == TensorKind::GateBias)
@@ -167,6 +188,7 @@ fn write<'a, E: From<Error>>(
                 None => payload(spec)?,
             };
             let values = in_form(values, spec, &config.config, options.form);
+            let values = quantised(values, spec, options.dtype)?;
             for part in parts {
                 write_part(&mut shard, part, &values)?;
             }
@@ -289,8 +311,12 @@ fn config_json(config: &ConfigFile, options: &SaveOptions<'_>) -> Result<Value> 
                     json[part]["dtype"] = json!(options.dtype.float().torch_name());
                 }
             }
+            if let SaveDType::Packed(quantization) = options.dtype {
+                let unpacked = unpacked(&config.config, quantization)?;
+                json["quantization_config"] = packed_config(quantization, multimodal, &unpacked);
+            }
             if options.dtype == SaveDType::Fp8 {
-                json["quantization_config"] = Quantization::per_tensor(multimodal).to_json();
+                json["quantization_config"] = Fp8Quantization::per_tensor(multimodal).to_json();
             }
             Ok(json)
         }
@@ -342,6 +368,68 @@ fn in_form<'a>(payload: Payload<'a>, spec: &TensorSpec, config: &Config, form: C
         }
         (_, payload) => payload,
     }
+}
+
+/// Quantises a parameter that is written as packed integers.
+fn quantised<'a>(payload: Payload<'a>, spec: &TensorSpec, dtype: SaveDType) -> Result<Payload<'a>> {
+    match (dtype, payload) {
+        (SaveDType::Packed(quantization), Payload::Host(data)) => match quantization.stored(spec) {
+            Some(format) => quantize(spec, format, &data).map(Payload::Quantized),
+            None => Ok(Payload::Host(data)),
+        },
+        (_, payload) => Ok(payload),
+    }
+}
+
+/// The modules that are to be quantised and are not, since groups do not divide their columns.
+///
+/// # Errors
+/// When no weight is left to be quantised.
+fn unpacked(config: &Config, quantization: WeightQuantization) -> Result<BTreeSet<String>> {
+    let specs = super::names::tensors(config);
+    if !specs.iter().any(|spec| spec.kind != TensorKind::LmHead && quantization.stored(spec).is_some()) {
+        return Err(Error::Unrepresentable {
+            key: "quantization_config".into(),
+            format: "packed",
+            problem: "the groups divide the columns of no weight; use a smaller group size".into(),
+        });
+    }
+    let left =
+        specs.iter().filter(|spec| quantization.of(spec).is_some() && quantization.stored(spec).is_none());
+    Ok(left
+        .map(|spec| {
+            let module = spec.key.strip_suffix(".weight").unwrap_or(&spec.key);
+            let name = module.rsplit('.').next().unwrap_or(module);
+            match spec.kind {
+                TensorKind::ExpertsGateUp => "experts.*(gate|up)_proj".to_owned(),
+                TensorKind::ExpertsDown => "experts.*down_proj".to_owned(),
+                _ => name.to_owned(),
+            }
+        })
+        .collect())
+}
+
+/// The `quantization_config` of packed integer weights.
+fn packed_config(quantization: WeightQuantization, multimodal: bool, unpacked: &BTreeSet<String>) -> Value {
+    let group = |format: WeightFormat| match format {
+        WeightFormat::Int { bits, group_size, symmetric } => {
+            Some(PackedGroup { bits: bits.count(), group_size: Some(group_size), symmetric })
+        }
+        WeightFormat::Fp8 => None,
+    };
+    let mut groups: Vec<(&str, PackedGroup)> =
+        group(quantization.weights).map(|group| ("Linear", group)).into_iter().collect();
+    let mut ignore = vec!["re:.*kv_b_proj$", "re:.*mlp\\.gate$"];
+    match quantization.lm_head.and_then(group) {
+        Some(own) => groups.insert(0, ("re:.*lm_head$", own)),
+        None => ignore.push("re:.*lm_head$"),
+    }
+    if multimodal {
+        ignore.extend(["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]);
+    }
+    let unpacked: Vec<String> = unpacked.iter().map(|name| format!("re:.*{name}$")).collect();
+    ignore.extend(unpacked.iter().map(String::as_str));
+    packed_json(&groups, &ignore)
 }
 
 fn largest_magnitude(data: &HostData) -> f32 {

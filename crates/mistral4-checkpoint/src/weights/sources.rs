@@ -1,5 +1,6 @@
 //! Which files a checkpoint folder holds, and which stored keys make up each parameter.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use serde_json::Value;
 
 use super::names;
 use super::native_names::{self, NativeName};
+use super::packed;
 use super::shard::{Entry, Shard};
 use crate::error::{Error, Result};
 use crate::json;
@@ -18,11 +20,40 @@ pub(crate) struct Place {
     pub(crate) key: String,
 }
 
-/// A weight with its scale, each if stored.
+/// A weight with what belongs to it, each if stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub(crate) weight: Option<Place>,
     pub(crate) scale: Option<Place>,
+    /// Zero points of packed codes.
+    pub(crate) zero: Option<Place>,
+    /// Shape of the weight that packed codes stand for.
+    pub(crate) shape: Option<Place>,
+}
+
+/// What a stored tensor is of a weight.
+#[derive(Clone, Copy)]
+enum Field {
+    Weight,
+    Scale,
+    Zero,
+    Shape,
+}
+
+impl Slot {
+    fn place(&mut self, field: Field) -> &mut Option<Place> {
+        match field {
+            Field::Weight => &mut self.weight,
+            Field::Scale => &mut self.scale,
+            Field::Zero => &mut self.zero,
+            Field::Shape => &mut self.shape,
+        }
+    }
+
+    /// Everything that is stored of it.
+    pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
+        [&self.weight, &self.scale, &self.zero, &self.shape].into_iter().flatten()
+    }
 }
 
 /// Parts of stacked experts by expert and part; gate is part 0 and up part 1 of `gate_up_proj`.
@@ -72,7 +103,7 @@ impl Sources {
         let mut pieces: BTreeMap<String, Pieces> = BTreeMap::new();
         for (index, shard) in shards.iter().enumerate() {
             for key in shard.entries.keys() {
-                let (role, is_scale) =
+                let (role, field) =
                     if native { native_role(key, multimodal) } else { hf_role(key, multimodal) };
                 let slot = match role {
                     Role::Ignored => continue,
@@ -81,8 +112,7 @@ impl Sources {
                         pieces.entry(canonical).or_default().entry((expert, part)).or_default()
                     }
                 };
-                let place = if is_scale { &mut slot.scale } else { &mut slot.weight };
-                if let Some(other) = place.replace(Place { shard: index, key: key.clone() }) {
+                if let Some(other) = slot.place(field).replace(Place { shard: index, key: key.clone() }) {
                     return Err(Error::Tensor {
                         file: shard.path.clone(),
                         key: key.clone(),
@@ -110,9 +140,17 @@ impl Sources {
         self.shards[place.shard].bytes(self.entry(place))
     }
 
+    /// The shape of a weight; `None` when it is not stored, or does not say.
+    pub(crate) fn shape(&self, slot: &Slot) -> Option<Vec<usize>> {
+        if packed::is_packed(slot) {
+            return packed::shape(self, slot).ok().map(Vec::from);
+        }
+        Some(self.entry(slot.weight.as_ref()?).shape.clone())
+    }
+
     /// The shape a stack of experts has when its parts are put together; `None` when they do not fit.
     pub(crate) fn stacked_shape(&self, pieces: &Pieces) -> Option<Vec<usize>> {
-        let shape = |slot: &Slot| match self.entry(slot.weight.as_ref()?).shape.as_slice() {
+        let shape = |slot: &Slot| match self.shape(slot)?.as_slice() {
             &[rows, columns] => Some((rows, columns)),
             _ => None,
         };
@@ -129,21 +167,31 @@ impl Sources {
     }
 }
 
-/// The role of a key in Hugging Face's form, and whether it is a scale.
-fn hf_role(key: &str, multimodal: bool) -> (Role, bool) {
+/// The role of a key in Hugging Face's form, and what it is of the weight.
+fn hf_role(key: &str, multimodal: bool) -> (Role, Field) {
+    const FIELDS: [(&str, Field); 5] = [
+        ("_scale_inv", Field::Scale),
+        (".weight_packed", Field::Weight),
+        (".weight_scale", Field::Scale),
+        (".weight_zero_point", Field::Zero),
+        (".weight_shape", Field::Shape),
+    ];
     if key.ends_with("activation_scale") {
-        return (Role::Ignored, false);
+        return (Role::Ignored, Field::Scale);
     }
-    let (key, is_scale) = match key.strip_suffix("_scale_inv") {
-        Some(key) => (key, true),
-        None => (key, false),
+    let suffixed =
+        FIELDS.iter().find_map(|(suffix, field)| Some((key.strip_suffix(suffix)?, *suffix, *field)));
+    let (key, field) = match suffixed {
+        Some((key, "_scale_inv", field)) => (Cow::Borrowed(key), field),
+        Some((module, _, field)) => (Cow::Owned(format!("{module}.weight")), field),
+        None => (Cow::Borrowed(key), Field::Weight),
     };
-    let canonical = names::canonical(key, multimodal);
+    let canonical = names::canonical(&key, multimodal);
     let role = match expert_part(&canonical) {
         Some((stack, expert, part)) => Role::Piece(stack, expert, part),
         None => Role::Whole(canonical.into_owned()),
     };
-    (role, is_scale)
+    (role, field)
 }
 
 /// Takes `...mlp.experts.3.gate_proj.weight` apart, the form that related models are stored in.
@@ -160,14 +208,14 @@ fn expert_part(key: &str) -> Option<(String, usize, usize)> {
     Some((format!("{prefix}.mlp.experts.{stack}"), number, part))
 }
 
-/// The role of a key in Mistral's own form, and whether it is a scale.
-fn native_role(key: &str, multimodal: bool) -> (Role, bool) {
+/// The role of a key in Mistral's own form, and what it is of the weight.
+fn native_role(key: &str, multimodal: bool) -> (Role, Field) {
     if key.ends_with(".qscale_act") {
-        return (Role::Ignored, false);
+        return (Role::Ignored, Field::Scale);
     }
-    let (name, is_scale) = match key.strip_suffix(".qscale_weight") {
-        Some(module) => (format!("{module}.weight"), true),
-        None => (key.to_owned(), false),
+    let (name, field) = match key.strip_suffix(".qscale_weight") {
+        Some(module) => (format!("{module}.weight"), Field::Scale),
+        None => (key.to_owned(), Field::Weight),
     };
     let role = match native_names::to_canonical(&name, multimodal) {
         Some(NativeName::Tensor(canonical)) => Role::Whole(canonical),
@@ -175,7 +223,7 @@ fn native_role(key: &str, multimodal: bool) -> (Role, bool) {
         // Kept under its own name, it is reported as extra.
         None => Role::Whole(key.to_owned()),
     };
-    (role, is_scale)
+    (role, field)
 }
 
 /// The weight files of a folder.

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
-use mistral4_checkpoint::config::{ConfigForm, ConfigOptions};
+use mistral4_checkpoint::config::{ConfigForm, ConfigOptions, PackedGroup, Quantization};
 use mistral4_checkpoint::weights::{
-    self, Checkpoint, DType, SaveDType, SaveOptions, SaveReport, StoredDType,
+    self, Bits, Checkpoint, DType, SaveDType, SaveOptions, SaveReport, StoredDType, WeightFormat,
+    WeightQuantization,
 };
 
 use crate::error::{Error, Result};
 use crate::load::{model_folder, open_checkpoint};
+use crate::quantize::{GroupArguments, QuantizedFormat};
 use crate::{format, stdout};
 
 /// Arguments of `mistral4 convert`.
@@ -22,9 +24,12 @@ pub struct ConvertArguments {
     /// Folder to write
     #[arg(long, value_name = "DST")]
     pub out: PathBuf,
-    /// Number format: f32, bf16 or fp8; by default the one in which the weights are stored
-    #[arg(long, value_name = "DTYPE", value_parser = parse_save_dtype)]
-    pub dtype: Option<SaveDType>,
+    /// Number format: f32, bf16, fp8, int8 or int4; by default the one in which the weights are stored
+    #[arg(long, value_name = "DTYPE", value_parser = parse_convert_dtype)]
+    pub dtype: Option<ConvertDType>,
+    /// How integers are grouped; the output projection is not quantised unless asked for.
+    #[command(flatten)]
+    pub groups: GroupArguments,
     /// Form of the files: Hugging Face's (config.json) or Mistral's own (params.json)
     #[arg(long, value_enum, default_value = "hf")]
     pub format: Form,
@@ -57,6 +62,25 @@ impl ValueEnum for Form {
 
 pub(super) fn parse_save_dtype(text: &str) -> Result<SaveDType, String> {
     SaveDType::from_name(text).ok_or_else(|| "use f32, bf16 or fp8".to_owned())
+}
+
+/// Number formats to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConvertDType {
+    /// A format without groups.
+    Save(SaveDType),
+    /// Packed integers.
+    Packed(QuantizedFormat),
+}
+
+fn parse_convert_dtype(text: &str) -> Result<ConvertDType, String> {
+    match text {
+        "int8" => Ok(ConvertDType::Packed(QuantizedFormat::Int8)),
+        "int4" => Ok(ConvertDType::Packed(QuantizedFormat::Int4)),
+        _ => SaveDType::from_name(text)
+            .map(ConvertDType::Save)
+            .ok_or_else(|| "use f32, bf16, fp8, int8 or int4".to_owned()),
+    }
 }
 
 /// Reads `5GB`, `500 MB`, `1.5GiB` or a number of bytes.
@@ -93,9 +117,18 @@ pub fn run(arguments: &ConvertArguments) -> Result<()> {
             "write to another folder with --out",
         ));
     }
+    let format = match arguments.dtype {
+        Some(ConvertDType::Packed(format)) => Some(format),
+        _ => None,
+    };
+    let quantization = arguments.groups.resolve(format, "--dtype", None)?;
     let checkpoint = open_checkpoint(&source, &ConfigOptions::default())?;
     let options = SaveOptions {
-        dtype: arguments.dtype.unwrap_or_else(|| stored(&checkpoint)),
+        dtype: match (quantization, arguments.dtype) {
+            (Some(quantization), _) => SaveDType::Packed(quantization),
+            (None, Some(ConvertDType::Save(dtype))) => dtype,
+            (None, _) => stored(&checkpoint)?,
+        },
         form: match arguments.format {
             Form::Hf => ConfigForm::Hf,
             Form::Native => ConfigForm::Native,
@@ -108,16 +141,34 @@ pub fn run(arguments: &ConvertArguments) -> Result<()> {
 }
 
 /// The format in which most bytes are stored.
-fn stored(checkpoint: &Checkpoint) -> SaveDType {
+fn stored(checkpoint: &Checkpoint) -> Result<SaveDType> {
+    if let Some(Quantization::Packed(groups)) = &checkpoint.config_file().quantization {
+        return stored_groups(groups);
+    }
     let mut bytes = std::collections::BTreeMap::new();
     for (_, _, dtype, _, size) in checkpoint.stored() {
         *bytes.entry(dtype).or_insert(0usize) += size;
     }
-    match bytes.into_iter().max_by_key(|&(_, size)| size).map(|(dtype, _)| dtype) {
+    Ok(match bytes.into_iter().max_by_key(|&(_, size)| size).map(|(dtype, _)| dtype) {
         Some(StoredDType::F8E4M3) => SaveDType::Fp8,
         Some(StoredDType::F32 | StoredDType::F64) => SaveDType::Float(DType::F32),
         Some(StoredDType::F16) => SaveDType::Float(DType::F16),
         _ => SaveDType::Float(DType::BF16),
+    })
+}
+
+/// The format of packed integers, if all are of one kind.
+fn stored_groups(groups: &[PackedGroup]) -> Result<SaveDType> {
+    match *groups {
+        [PackedGroup { bits, group_size: Some(group_size), symmetric }] => {
+            let bits = if bits == 4 { Bits::Four } else { Bits::Eight };
+            let weights = WeightFormat::Int { bits, group_size, symmetric };
+            Ok(SaveDType::Packed(WeightQuantization { weights, lm_head: None }))
+        }
+        _ => Err(Error::input(
+            "the weights are integers of several kinds",
+            "say with --dtype, --group-size and --quantize-lm-head what to write",
+        )),
     }
 }
 

@@ -4,7 +4,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use mistral4_checkpoint::config::{Config, ConfigFile, ConfigForm, ConfigOptions, SoftmaxScalePolicy};
+use mistral4_checkpoint::config::{
+    Config, ConfigFile, ConfigForm, ConfigOptions, PackedGroup, Quantization, SoftmaxScalePolicy,
+};
 use mistral4_checkpoint::inspect::{self, Inspection, TensorRow};
 
 use crate::arguments::parse_policy;
@@ -127,13 +129,26 @@ fn overview(file: &ConfigFile, inspection: &Inspection) -> Rows {
         row("softmax scale", format!("{:.7} ({}): {}", scale.value, scale.policy, scale.reason)),
     ];
     if let Some(quantization) = &file.quantization {
-        let blocks = match quantization.weight_block_size {
-            Some((rows, columns)) => format!("blocks of {rows}x{columns}"),
-            None => "one scale a weight or expert".to_owned(),
-        };
-        rows.push(row("quantization", format!("FP8 (e4m3), {blocks}")));
+        rows.push(row("quantization", quantized(quantization)));
     }
     rows
+}
+
+fn quantized(quantization: &Quantization) -> String {
+    let group = |group: &PackedGroup| {
+        let size = match group.group_size {
+            Some(size) => format!("groups of {size}"),
+            None => "one scale a row".to_owned(),
+        };
+        format!("int{}, {size}{}", group.bits, if group.symmetric { "" } else { ", asymmetric" })
+    };
+    match quantization {
+        Quantization::Fp8(fp8) => match fp8.weight_block_size {
+            Some((rows, columns)) => format!("FP8 (e4m3), blocks of {rows}x{columns}"),
+            None => "FP8 (e4m3), one scale a weight or expert".to_owned(),
+        },
+        Quantization::Packed(groups) => groups.iter().map(group).collect::<Vec<_>>().join("; "),
+    }
 }
 
 fn decoder(config: &Config) -> Rows {

@@ -2,4 +2,5 @@
 
 mod commands;
 mod errors;
+mod quantize;
 mod support;

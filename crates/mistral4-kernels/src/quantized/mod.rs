@@ -16,7 +16,7 @@ mod quantize;
 pub use experts::{QuantizedExperts, quantized_experts, quantized_experts_backward};
 pub use linear::{quantized_linear, quantized_linear_backward_input};
 pub use matrix::{Bits, QuantizedMatrix, Scales, Scheme, StackDims};
-pub use quantize::{Fp8Scales, QuantizeError};
+pub use quantize::QuantizeError;
 
 /// Rows of a panel: as many as an AVX-512 register has 32-bit lanes.
 pub(crate) const LANES: usize = 16;

@@ -61,17 +61,6 @@ pub enum QuantizeError {
     },
 }
 
-/// Scales of an FP8 stack: value = e4m3(code) * scale.
-#[derive(Clone, Copy, Debug)]
-pub struct Fp8Scales<'a> {
-    /// `[matrices or 1, row blocks, column blocks]`.
-    pub values: &'a [f32],
-    /// Sizes of the three axes.
-    pub shape: [usize; 3],
-    /// Rows and columns of a block.
-    pub block: (usize, usize),
-}
-
 /// Row-major codes with their scales.
 struct Parts<'a> {
     codes: &'a [u8],
@@ -167,50 +156,23 @@ impl QuantizedMatrix {
                 *code = encode_e4m3(value.to_f32() / *scale);
             }
         });
-        let block = (dims.rows.max(1), dims.columns.max(1));
-        Self::from_fp8(dims, &codes, Fp8Scales { values: &scales, shape: [dims.matrices, 1, 1], block })
+        let of_rows = scales.iter().flat_map(|scale| std::iter::repeat_n(*scale, dims.rows)).collect();
+        let scheme = Scheme::Fp8 { block: dims.columns.max(1) };
+        Ok(Self::arrange(
+            dims,
+            scheme,
+            &Parts { codes: &codes, scales: Scales::F32(of_rows), zeros: Vec::new() },
+        ))
     }
 
-    /// Takes FP8 codes as a checkpoint stores them.
+    /// Takes codes with their scales.
     ///
     /// # Shapes
-    /// `codes`: `[matrices, rows, columns]`.
+    /// `codes`: `[matrices, rows, columns]`, integers without a sign; `scales`: `[matrices, rows, groups]`; `zeros`: as
+    /// `scales`, or empty if symmetric or FP8.
     ///
     /// # Errors
-    /// A code that is not a number, arrays of the wrong length, or blocks that no kernel takes.
-    pub fn from_fp8(dims: StackDims, codes: &[u8], scales: Fp8Scales<'_>) -> Result<Self, QuantizeError> {
-        let StackDims { matrices, rows, columns } = dims;
-        let [stacks, row_blocks, column_blocks] = scales.shape;
-        let block = if column_blocks <= 1 { columns.max(1) } else { scales.block.1 };
-        let scheme = Scheme::Fp8 { block };
-        check_scheme(dims, scheme)?;
-        length("codes", codes.len(), dims.elements())?;
-        length("scales", scales.values.len(), stacks * row_blocks * column_blocks)?;
-        length("scales of columns", column_blocks, columns.div_ceil(block))?;
-        if let Some(at) = codes.iter().position(|code| code & 0x7f == 0x7f) {
-            let (row, column) = (at / columns, at % columns);
-            return Err(QuantizeError::NotFinite { matrix: row / rows, row: row % rows, column });
-        }
-        let mut each = Vec::with_capacity(matrices * rows * column_blocks);
-        for matrix in 0..matrices {
-            for row in 0..rows {
-                let stack = if stacks == 1 { 0 } else { matrix };
-                let row_block = if row_blocks == 1 { 0 } else { row / scales.block.0 };
-                let start = (stack * row_blocks + row_block) * column_blocks;
-                each.extend_from_slice(&scales.values[start..start + column_blocks]);
-            }
-        }
-        Ok(Self::arrange(dims, scheme, &Parts { codes, scales: Scales::F32(each), zeros: Vec::new() }))
-    }
-
-    /// Takes integer codes with their scales.
-    ///
-    /// # Shapes
-    /// `codes`: `[matrices, rows, columns]`, without a sign; `scales`: `[matrices, rows, groups]`; `zeros`: as
-    /// `scales`, or empty if symmetric.
-    ///
-    /// # Errors
-    /// Arrays of the wrong length, codes that are too wide, or a group size that no kernel takes.
+    /// Arrays of the wrong length, codes that are too wide or not a number, or a group size that no kernel takes.
     pub fn from_codes(
         dims: StackDims,
         scheme: Scheme,
@@ -222,14 +184,18 @@ impl QuantizedMatrix {
         length("codes", codes.len(), dims.elements())?;
         let count = dims.matrices * dims.rows * dims.columns.div_ceil(scheme.group());
         length("scales", scales.len(), count)?;
-        if let Scheme::Int { bits, symmetric, .. } = scheme {
-            length("zeros", zeros.len(), if symmetric { 0 } else { count })?;
+        let symmetric = !matches!(scheme, Scheme::Int { symmetric: false, .. });
+        length("zeros", zeros.len(), if symmetric { 0 } else { count })?;
+        if let Scheme::Int { bits, .. } = scheme {
             for (name, codes) in [("codes", codes), ("zeros", &zeros)] {
                 if let Some(index) = codes.iter().position(|code| *code > bits.largest()) {
                     let bits = bits.count();
                     return Err(QuantizeError::Code { name, index, code: codes[index], bits });
                 }
             }
+        } else if let Some(at) = codes.iter().position(|code| code & 0x7f == 0x7f) {
+            let (row, column) = (at / dims.columns, at % dims.columns);
+            return Err(QuantizeError::NotFinite { matrix: row / dims.rows, row: row % dims.rows, column });
         }
         Ok(Self::arrange(dims, scheme, &Parts { codes, scales, zeros }))
     }

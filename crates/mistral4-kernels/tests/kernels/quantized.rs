@@ -1,8 +1,8 @@
 //! Quantised weights: what they stand for, and their products against the plain twins.
 use crate::support::{Random, assert_close, on_each_isa, poison};
 use mistral4_kernels::{
-    Activation, Bits, Element, ExpertDims, Fp8Scales, QuantizeError, QuantizedExperts, QuantizedMatrix,
-    Scales, Scheme, StackDims, bf16, quantized_experts, quantized_experts_backward, quantized_linear,
+    Activation, Bits, Element, ExpertDims, QuantizeError, QuantizedExperts, QuantizedMatrix, Scales, Scheme,
+    StackDims, bf16, quantized_experts, quantized_experts_backward, quantized_linear,
     quantized_linear_backward_input, reference,
 };
 
@@ -102,8 +102,12 @@ fn unusable_parts_are_refused() {
     assert!(matches!(build(&[16; 80], 4, vec![8; 4]), Err(QuantizeError::Code { name: "codes", .. })));
     let odd = QuantizedMatrix::quantize(dims, int(Bits::Four, 48, true), &[0.0f32; 80]);
     assert_eq!(odd, Err(QuantizeError::GroupSize { group_size: 48 }));
-    let scales = Fp8Scales { values: &[1.0], shape: [1, 1, 1], block: (2, 40) };
-    let error = QuantizedMatrix::from_fp8(dims, &[0xff; 80], scales);
+    let fp8 = |block, code| {
+        let scales = Scales::F32(vec![1.0; 2 * 40usize.div_ceil(block)]);
+        QuantizedMatrix::from_codes(dims, Scheme::Fp8 { block }, &[code; 80], scales, vec![])
+    };
+    assert!(matches!(fp8(10, 0), Err(QuantizeError::Block { block: 10, columns: 40 })));
+    let error = fp8(40, 0xff);
     assert_eq!(error, Err(QuantizeError::NotFinite { matrix: 0, row: 0, column: 0 }));
 }
 
@@ -133,34 +137,27 @@ fn codes_scales_and_zeros_come_back_as_given() {
     }
 }
 
-/// Scales for blocks, for each matrix, or for the whole stack, as checkpoints hold them.
+/// A scale for each row and block of columns, as checkpoints hold them.
 #[test]
-fn fp8_scales_of_every_shape() {
+fn fp8_blocks() {
     let mut random = Random::new(3);
-    let dims = StackDims { matrices: 2, rows: 37, columns: 50 };
-    let codes: Vec<u8> = (0..dims.elements())
-        .map(|_| random.below(256) as u8)
-        .map(|c| if c & 0x7f == 0x7f { 0 } else { c })
-        .collect();
-    for (shape, block) in
-        [([1, 1, 1], (37, 50)), ([2, 1, 1], (37, 50)), ([2, 5, 7], (8, 8)), ([1, 2, 2], (32, 32))]
-    {
-        let values: Vec<f32> = (0..shape.iter().product()).map(|i| 0.25 + i as f32).collect();
-        let scales = Fp8Scales { values: &values, shape, block };
-        let stack = QuantizedMatrix::from_fp8(dims, &codes, scales).expect("usable parts");
-        let unit = Fp8Scales { values: &[1.0], shape: [1, 1, 1], block: (37, 50) };
-        let plain = QuantizedMatrix::from_fp8(dims, &codes, unit).expect("usable parts");
-        for (m, r, c) in [(0, 0, 0), (0, 36, 49), (1, 8, 7), (1, 31, 32), (1, 32, 31), (0, 7, 8)] {
-            let place = [m % shape[0], (r / block.0) % shape[1], (c / block.1) % shape[2]];
-            let scale = values[(place[0] * shape[1] + place[1]) * shape[2] + place[2]];
-            assert_eq!(stack.value(m, r, c), plain.value(m, r, c) * scale, "{shape:?} {m} {r} {c}");
+    let dims = StackDims { matrices: 1, rows: 37, columns: 50 };
+    let finite = |code: u8| if code & 0x7f == 0x7f { 0 } else { code };
+    let codes: Vec<u8> = (0..dims.elements()).map(|_| finite(random.below(256) as u8)).collect();
+    let build = |block: usize, scale: &dyn Fn(usize) -> f32| {
+        let scales = (0..37 * 50usize.div_ceil(block)).map(scale).collect();
+        QuantizedMatrix::from_codes(dims, Scheme::Fp8 { block }, &codes, Scales::F32(scales), vec![])
+            .expect("usable parts")
+    };
+    let plain = build(50, &|_| 1.0);
+    for block in [8, 32, 50] {
+        let scale = |i: usize| 0.25 + i as f32;
+        let weight = build(block, &scale);
+        for (row, column) in [(0, 0), (36, 49), (8, 7), (31, 32), (7, 8)] {
+            let scale = scale(row * 50usize.div_ceil(block) + column / block);
+            assert_eq!(weight.value(0, row, column), plain.value(0, row, column) * scale);
         }
-        // One matrix of it in a product.
-        let one = StackDims { matrices: 1, ..dims };
-        let single =
-            Fp8Scales { values: &values[..values.len() / shape[0]], shape: [1, shape[1], shape[2]], block };
-        let one = QuantizedMatrix::from_fp8(one, &codes[..37 * 50], single).expect("usable parts");
-        on_each_isa(|_| products::<bf16, bf16>(&one, &mut Random::new(4)));
+        on_each_isa(|_| products::<bf16, bf16>(&weight, &mut Random::new(4)));
     }
 }
 

@@ -14,6 +14,7 @@ pub mod multimodal;
 pub mod norm;
 pub mod rope;
 pub mod text;
+pub mod weight;
 
 use burn::tensor::{Device, Tensor};
 use mistral4_checkpoint::config::Config;

@@ -1,13 +1,15 @@
 //! The mixture of experts: routed experts beside shared ones.
 
-use burn::module::{Module, Param};
+use burn::module::Module;
 use burn::tensor::Tensor;
 use mistral4_checkpoint::config::{Activation, TextConfig};
 
 use crate::error::Result;
 use crate::model::gate::{Gate, Routing};
 use crate::model::mlp::Mlp;
+use crate::model::weight::ExpertWeight;
 use crate::ops;
+use crate::ops::quantized::{QuantizedExpertWeights, quantized_experts};
 use crate::weights::Parameters;
 
 /// What a caller may choose about the mixture beyond `config.json`.
@@ -40,9 +42,29 @@ impl Default for MoeOptions {
 #[derive(Module, Debug)]
 pub struct Experts {
     /// `[E, 2F, D]`, gate rows first.
-    pub gate_up_proj: Param<Tensor<3>>,
+    pub gate_up_proj: ExpertWeight,
     /// `[E, D, F]`
-    pub down_proj: Param<Tensor<3>>,
+    pub down_proj: ExpertWeight,
+    #[module(skip)]
+    act: Activation,
+}
+
+impl Experts {
+    /// Each token through its experts, weighted and summed.
+    ///
+    /// # Shapes
+    /// - `x`: `[T, D]`, output: `[T, D]`
+    fn forward(&self, x: Tensor<2>, routing: &Routing) -> Tensor<2> {
+        let (indices, weights) = (routing.indices.clone(), routing.weights.clone());
+        match (&self.gate_up_proj, &self.down_proj) {
+            (ExpertWeight::Quantized(gate_up), ExpertWeight::Quantized(down)) => {
+                let (gate_up, down) = (gate_up.weight.clone(), down.weight.clone());
+                let experts = QuantizedExpertWeights { gate_up, down };
+                quantized_experts(x, indices, weights, &experts, self.act)
+            }
+            (gate_up, down) => ops::moe_experts(x, indices, weights, gate_up.val(), down.val(), self.act),
+        }
+    }
 }
 
 /// Routed and shared experts of one layer.
@@ -54,8 +76,6 @@ pub struct Moe {
     pub experts: Experts,
     /// The shared experts, as one feed-forward.
     pub shared_experts: Mlp,
-    #[module(skip)]
-    act: Activation,
 }
 
 impl Moe {
@@ -70,11 +90,11 @@ impl Moe {
         Ok(Self {
             gate: Gate::new(c, options, &parameters.pp("gate"))?,
             experts: Experts {
-                gate_up_proj: stacked.get("gate_up_proj", [experts, 2 * inter, hidden])?,
-                down_proj: stacked.get("down_proj", [experts, hidden, inter])?,
+                gate_up_proj: stacked.expert_weight("gate_up_proj", [experts, 2 * inter, hidden])?,
+                down_proj: stacked.expert_weight("down_proj", [experts, hidden, inter])?,
+                act: c.hidden_act,
             },
             shared_experts: Mlp::new(hidden, shared, c.hidden_act, &parameters.pp("shared_experts"))?,
-            act: c.hidden_act,
         })
     }
 
@@ -82,14 +102,7 @@ impl Moe {
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> (Tensor<2>, Routing) {
         let routing = self.gate.forward(x.clone(), token_mask);
-        let routed = ops::moe_experts(
-            x.clone(),
-            routing.indices.clone(),
-            routing.weights.clone(),
-            self.experts.gate_up_proj.val(),
-            self.experts.down_proj.val(),
-            self.act,
-        );
+        let routed = self.experts.forward(x.clone(), &routing);
         (routed + self.shared_experts.forward(x), routing)
     }
 }

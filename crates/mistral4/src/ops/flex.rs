@@ -31,6 +31,8 @@ macro_rules! by_dtype {
     };
 }
 
+pub(super) use by_dtype;
+
 /// Runs `$body` with `$slice` bound to the integers of `$tensor`.
 macro_rules! with_ints {
     ($tensor:expr, $slice:ident => $body:expr) => {{
@@ -49,15 +51,17 @@ macro_rules! with_ints {
     }};
 }
 
-fn slice<T: BurnElement + bytemuck::Pod>(tensor: &F) -> &[T] {
+pub(super) use with_ints;
+
+pub(super) fn slice<T: BurnElement + bytemuck::Pod>(tensor: &F) -> &[T] {
     tensor.as_slice().expect("a contiguous tensor of this dtype")
 }
 
-fn tensor<T: BurnElement>(data: Vec<T>, shape: impl Into<Shape>) -> F {
+pub(super) fn tensor<T: BurnElement>(data: Vec<T>, shape: impl Into<Shape>) -> F {
     F::from_data(TensorData::new(data, shape.into()))
 }
 
-fn zeros<T: Default + Clone>(len: usize) -> Vec<T> {
+pub(super) fn zeros<T: Default + Clone>(len: usize) -> Vec<T> {
     vec![T::default(); len]
 }
 
@@ -110,7 +114,7 @@ fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
     kernels::ExpertDims { tokens, top_k, experts, hidden, inter: both / 2 }
 }
 
-fn kernel_activation(activation: Activation) -> kernels::Activation {
+pub(super) fn kernel_activation(activation: Activation) -> kernels::Activation {
     match activation {
         Activation::Silu => kernels::Activation::Silu,
         Activation::Gelu => kernels::Activation::Gelu,

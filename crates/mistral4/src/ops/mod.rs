@@ -11,6 +11,7 @@ pub mod composite;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod quantized;
 
 #[cfg(all(test, feature = "flex"))]
 mod tests;

@@ -3,7 +3,7 @@
 use super::*;
 use burn::tensor::{DType, TensorData};
 
-fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
+pub(super) fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
     // A fixed sequence of its own: the backend's generator is shared by all tests of the process.
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -16,11 +16,11 @@ fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
     Tensor::from_data(TensorData::new(data, shape), &Device::flex())
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(super) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.inner().into_data_as::<f32>().try_into_vec().unwrap()
 }
 
-fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f64) {
+pub(super) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
     let square = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>();
     let diff = square(&mut got.iter().zip(want).map(|(g, w)| f64::from(g - w)));
@@ -49,9 +49,19 @@ fn compare<const N: usize, const D: usize>(
     fused: impl Fn([Tensor<1>; N]) -> Tensor<D>,
     composite: impl Fn([Tensor<1>; N]) -> Tensor<D>,
 ) {
+    compare_within(2e-6, name, inputs, fused, composite);
+}
+
+pub(super) fn compare_within<const N: usize, const D: usize>(
+    tolerance: f64,
+    name: &str,
+    inputs: [Tensor<1>; N],
+    fused: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+    composite: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+) {
     let (got, want) = (with_gradients(inputs.clone(), fused), with_gradients(inputs.clone(), &composite));
     for (index, (got, want)) in got.iter().zip(&want).enumerate() {
-        assert_close(&format!("{name}, output or gradient {index}"), got, want, 2e-6);
+        assert_close(&format!("{name}, output or gradient {index}"), got, want, tolerance);
     }
 }
 

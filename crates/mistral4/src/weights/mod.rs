@@ -1,9 +1,11 @@
 //! Where parameters come from and where they go, by their names in the checkpoint.
 
 mod names;
+mod quantized;
 mod save;
 mod source;
 
 pub use names::{NamedTensor, map_parameters, named_parameters, take_gradients};
+pub use quantized::QuantizedSource;
 pub use save::host_tensor;
 pub use source::{CheckpointSource, InitialSource, ParameterSource, Parameters};

@@ -15,14 +15,14 @@ impl Mistral4 {
     /// Writes the model as a Hugging Face (or native) checkpoint folder.
     ///
     /// # Errors
-    /// When the model cannot be written in this form or the disk fails; what stood in the folder before stays whole.
+    /// When weights are quantised in memory, the model cannot be written in this form or the disk fails; what stood in the folder before stays whole.
     pub fn save(&self, folder: &Path, config: &ConfigFile, options: &SaveOptions<'_>) -> Result<SaveReport> {
         let mut parameters: HashMap<String, NamedTensor> =
             self.parameters().into_iter().map(|p| (p.key.clone(), p)).collect();
         weights::save(folder, config, options, |spec| {
-            let parameter = parameters
-                .remove(&spec.key)
-                .unwrap_or_else(|| panic!("{} is missing from the model's parameters", spec.key));
+            let parameter = parameters.remove(&spec.key).ok_or_else(|| {
+                Error::Unsupported(format!("{}: a weight that is quantised in memory is not saved", spec.key))
+            })?;
             Ok::<_, Error>(host_tensor(parameter))
         })
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
+use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -9,9 +10,10 @@ use mistral4_checkpoint::config::Config;
 use mistral4_checkpoint::init::initial_tensor;
 use mistral4_checkpoint::weights;
 use mistral4_checkpoint::weights::names::{TensorSpec, tensors};
-use mistral4_checkpoint::weights::{Checkpoint, HostData, HostTensor};
+use mistral4_checkpoint::weights::{Checkpoint, HostData, HostTensor, QuantizedMatrix};
 
 use crate::error::Result;
+use crate::model::weight::{ExpertWeight, LinearWeight, Quantized};
 
 /// Gives the values of parameters by their canonical names.
 pub trait ParameterSource: Sync {
@@ -20,6 +22,17 @@ pub trait ParameterSource: Sync {
     /// # Errors
     /// A missing or mis-shaped tensor, or one that cannot be read.
     fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> Result<HostTensor>;
+
+    /// The weight `key` of a linear map or of all experts, if this source holds it quantised.
+    ///
+    /// # Errors
+    /// As [`ParameterSource::tensor`], or values that cannot be quantised.
+    fn quantized(&self, _key: &str, _shape: &[usize]) -> Result<Option<QuantizedMatrix>> {
+        Ok(None)
+    }
+
+    /// Format of dense parameters, and of what is computed with quantised ones.
+    fn dtype(&self) -> weights::DType;
 }
 
 /// A place in the tree of names, with the source behind it.
@@ -61,6 +74,45 @@ impl<'a> Parameters<'a> {
         self.read(name, shape, true)
     }
 
+    /// The weight `name` of a linear map, `[out, in]`.
+    ///
+    /// # Errors
+    /// A missing or mis-shaped tensor, or one that cannot be quantised.
+    pub fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
+        Ok(match self.quantized(name, &shape)? {
+            Some(quantized) => LinearWeight::Quantized(quantized),
+            None => LinearWeight::Dense(self.get(name, shape)?),
+        })
+    }
+
+    /// The weight `name` of all experts, `[E, out, in]`.
+    ///
+    /// # Errors
+    /// As [`Parameters::linear_weight`].
+    pub fn expert_weight(&self, name: &str, shape: [usize; 3]) -> Result<ExpertWeight> {
+        Ok(match self.quantized(name, &shape)? {
+            Some(quantized) => ExpertWeight::Quantized(quantized),
+            None => ExpertWeight::Dense(self.get(name, shape)?),
+        })
+    }
+
+    fn quantized(&self, name: &str, shape: &[usize]) -> Result<Option<Quantized>> {
+        let Some(weight) = self.source.quantized(&self.key(name), shape)? else { return Ok(None) };
+        let dtype = match self.source.dtype() {
+            weights::DType::F32 => DType::F32,
+            weights::DType::BF16 => DType::BF16,
+            weights::DType::F16 => DType::F16,
+        };
+        let parts = if let [experts, ..] = *shape
+            && shape.len() == 3
+        {
+            weight.dims().matrices / experts
+        } else {
+            1
+        };
+        Ok(Some(Quantized { weight: Arc::new(weight), parts, dtype, device: self.device.clone() }))
+    }
+
     fn read<const D: usize>(&self, name: &str, shape: [usize; D], f32: bool) -> Result<Param<Tensor<D>>> {
         let host = self.source.tensor(&self.key(name), &shape, f32)?;
         Ok(Param::from_tensor(to_device(host, self.device)))
@@ -92,6 +144,10 @@ impl ParameterSource for CheckpointSource<'_> {
         assert_eq!(tensor.shape, shape, "{key}: Checkpoint::check() compares shapes before tensors are read");
         Ok(tensor)
     }
+
+    fn dtype(&self) -> weights::DType {
+        self.dtype
+    }
 }
 
 /// Freshly drawn parameters.
@@ -116,5 +172,9 @@ impl ParameterSource for InitialSource<'_> {
         assert_eq!(spec.shape, shape, "{key}: the table of names and the model differ");
         let dtype = if f32 { weights::DType::F32 } else { self.dtype };
         Ok(HostTensor::f32(shape, initial_tensor(spec, self.config, self.seed)).cast(dtype))
+    }
+
+    fn dtype(&self) -> weights::DType {
+        self.dtype
     }
 }

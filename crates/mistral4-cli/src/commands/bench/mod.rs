@@ -9,14 +9,16 @@ use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use mistral4::Mistral4;
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::InitialSource;
+use mistral4::weights::{InitialSource, ParameterSource, QuantizedSource};
 use mistral4_checkpoint::config::ConfigOptions;
+use mistral4_checkpoint::weights::Bits;
 use serde::Serialize;
 
 use self::work::Work;
 use super::init::read_config;
 use crate::arguments::{ComputeArguments, FloatDType};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::quantize::{GroupArguments, QuantizedFormat};
 use crate::{format, stdout};
 
 /// Arguments of `mistral4 bench`.
@@ -48,9 +50,12 @@ pub struct BenchArguments {
     /// Rows
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
-    /// Number format of the weights and activations
+    /// Number format: f32 or bf16, or int8, int4 or fp8 for weights beside bf16 activations
     #[arg(long, value_enum, default_value = "bf16")]
-    pub dtype: FloatDType,
+    pub dtype: BenchDType,
+    /// How integers are grouped.
+    #[command(flatten)]
+    pub groups: GroupArguments,
     /// Steps of decode
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
@@ -66,6 +71,55 @@ pub struct BenchArguments {
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Number formats to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BenchDType {
+    /// Weights and activations in one format.
+    Float(FloatDType),
+    /// Quantised weights, activations in bf16.
+    Quantized(QuantizedFormat),
+}
+
+impl BenchDType {
+    fn name(self) -> &'static str {
+        match self {
+            BenchDType::Float(dtype) => dtype.name(),
+            BenchDType::Quantized(format) => format.name(),
+        }
+    }
+
+    /// Format of activations and dense weights.
+    fn float(self) -> FloatDType {
+        match self {
+            BenchDType::Float(dtype) => dtype,
+            BenchDType::Quantized(_) => FloatDType::Bf16,
+        }
+    }
+
+    fn quantized(self) -> Option<QuantizedFormat> {
+        match self {
+            BenchDType::Float(_) => None,
+            BenchDType::Quantized(format) => Some(format),
+        }
+    }
+}
+
+impl ValueEnum for BenchDType {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[
+            BenchDType::Float(FloatDType::F32),
+            BenchDType::Float(FloatDType::Bf16),
+            BenchDType::Quantized(QuantizedFormat::Int8),
+            BenchDType::Quantized(QuantizedFormat::Int4),
+            BenchDType::Quantized(QuantizedFormat::Fp8),
+        ]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
 /// What is measured.
@@ -179,14 +233,26 @@ pub fn run(arguments: &BenchArguments) -> Result<()> {
 /// # Errors
 /// A configuration that cannot be used.
 pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
+    let quantization = arguments.groups.resolve(arguments.dtype.quantized(), "--dtype", Some(Bits::Eight))?;
+    if quantization.is_some() && arguments.mode == Mode::Train {
+        return Err(Error::input(
+            format!(
+                "--mode train with --dtype {}: quantised weights are not trained",
+                arguments.dtype.name()
+            ),
+            "use f32 or bf16, or another mode",
+        ));
+    }
     let preset = arguments.config.is_none().then_some(arguments.preset.as_str());
     let file = read_config(arguments.config.as_ref(), preset, &ConfigOptions::default())?.text_only();
     let device = arguments.compute.device.open()?;
-    let dtype = arguments.dtype.dtype();
+    let dtype = arguments.dtype.float().dtype();
     eprintln!("drawing random weights");
     let source = InitialSource::new(&file.config, arguments.seed, dtype);
-    let model = Mistral4::new(&file.config, MoeOptions::default(), &source, &device)?;
-    let work = Work::new(arguments, &file.config);
+    let quantized = quantization.map(|how| QuantizedSource::new(&source, &file.config, how));
+    let source: &dyn ParameterSource = quantized.as_ref().map_or(&source, |quantized| quantized);
+    let model = Mistral4::new(&file.config, MoeOptions::default(), source, &device)?;
+    let work = Work::new(arguments, &file.config, quantization);
     let mut runner = work.runner(model, device);
     let mut durations = Vec::new();
     for repetition in 0..=arguments.repetitions {
@@ -226,7 +292,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         range_s: [durations[0], durations[durations.len() - 1]],
         new_tokens: is_decode.then_some(arguments.new_tokens),
         // After the memory was read off, since measuring takes some.
-        cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype)),
+        cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype.float())),
     })
 }
 

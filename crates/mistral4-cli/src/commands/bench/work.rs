@@ -7,6 +7,7 @@ use mistral4::inputs::LogitsToKeep;
 use mistral4::{ForwardOptions, LatentCache, Mistral4, ModelInputs};
 use mistral4_checkpoint::config::{Config, TextConfig};
 use mistral4_checkpoint::weights::names::{self, TensorKind};
+use mistral4_checkpoint::weights::{WeightFormat, WeightQuantization};
 use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
 use mistral4_train::optim::{Optimizer, StepFactors};
 use mistral4_train::recipe::{OptimizerConfig, OptimizerKind};
@@ -21,10 +22,11 @@ pub(super) struct Work {
     sequence: usize,
     new_tokens: usize,
     seed: u64,
-    element_bytes: f64,
     text: TextConfig,
     /// Values of the weights by what is done with them, embeddings left out.
     weights: BTreeMap<Use, f64>,
+    /// Their bytes.
+    bytes: BTreeMap<Use, f64>,
 }
 
 /// What a weight is used for.
@@ -39,8 +41,13 @@ enum Use {
 }
 
 impl Work {
-    pub(super) fn new(arguments: &BenchArguments, config: &Config) -> Self {
-        let mut weights = BTreeMap::new();
+    pub(super) fn new(
+        arguments: &BenchArguments,
+        config: &Config,
+        quantization: Option<WeightQuantization>,
+    ) -> Self {
+        let dense = if arguments.dtype.name() == "f32" { 4.0 } else { 2.0 };
+        let (mut weights, mut bytes) = (BTreeMap::new(), BTreeMap::new());
         for spec in names::tensors(config) {
             let place = match spec.kind {
                 TensorKind::Embedding | TensorKind::GateBias => continue,
@@ -48,7 +55,10 @@ impl Work {
                 TensorKind::ExpertsGateUp | TensorKind::ExpertsDown => Use::Routed,
                 _ => Use::EveryToken,
             };
-            *weights.entry(place).or_insert(0.0) += spec.elements() as f64;
+            let values = spec.elements() as f64;
+            let format = quantization.and_then(|quantization| quantization.of(&spec));
+            *weights.entry(place).or_insert(0.0) += values;
+            *bytes.entry(place).or_insert(0.0) += values * format.map_or(dense, bytes_of_value);
         }
         Work {
             mode: arguments.mode,
@@ -56,9 +66,9 @@ impl Work {
             sequence: arguments.tokens as usize,
             new_tokens: arguments.new_tokens as usize,
             seed: arguments.seed,
-            element_bytes: if arguments.dtype.name() == "f32" { 4.0 } else { 2.0 },
             text: config.text.clone(),
             weights,
+            bytes,
         }
     }
 
@@ -95,9 +105,9 @@ impl Work {
     pub(super) fn weight_bytes(&self) -> f64 {
         let share = self.text.num_experts_per_tok as f64 / self.text.n_routed_experts as f64;
         let reached = 1.0 - (1.0 - share).powi(self.batch as i32);
-        let values =
-            self.weights(Use::EveryToken) + self.weights(Use::Head) + reached * self.weights(Use::Routed);
-        values * self.element_bytes * self.new_tokens as f64
+        let bytes = |place| self.bytes.get(&place).copied().unwrap_or(0.0);
+        let step = bytes(Use::EveryToken) + bytes(Use::Head) + reached * bytes(Use::Routed);
+        step * self.new_tokens as f64
     }
 
     /// Random but reproducible token ids.
@@ -124,6 +134,17 @@ impl Work {
         };
         let optimizer = Optimizer::new(config);
         Runner { work: self, model: Some(model), device, optimizer, cache: LatentCache::new() }
+    }
+}
+
+/// Bytes of a quantised value with its share of scale and zero point.
+fn bytes_of_value(format: WeightFormat) -> f64 {
+    match format {
+        WeightFormat::Int { bits, group_size, symmetric } => {
+            let group = if symmetric { 2.0 } else { 3.0 };
+            bits.count() as f64 / 8.0 + group / group_size as f64
+        }
+        WeightFormat::Fp8 => 1.0,
     }
 }
 

@@ -18,7 +18,7 @@ use serde::Serialize;
 use self::inputs::Inputs;
 use crate::arguments::{FloatDType, ModelArguments};
 use crate::error::{Error, Result};
-use crate::load::{self, model_folder, open_checkpoint};
+use crate::load::{self, Weights, model_folder, open_checkpoint};
 use crate::tensors::NamedArray;
 use crate::{format, stdout, tensors};
 
@@ -106,6 +106,14 @@ pub fn run(arguments: &ForwardArguments) -> Result<()> {
 /// # Errors
 /// Inputs that are malformed or do not fit the model.
 pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
+    let quantization = arguments.model.quantize.resolve()?;
+    if arguments.grads && quantization.is_some() {
+        return Err(Error::input(
+            "--grads needs every weight, and quantised weights have no gradients",
+            "leave out --quantize or --grads",
+        ));
+    }
+    let weights = if arguments.grads { Weights::Dense } else { Weights::from(quantization) };
     let device = arguments.model.compute.device.open()?;
     let folder = model_folder(&arguments.model.model)?;
     let checkpoint = open_checkpoint(&folder, &arguments.model.config_options())?;
@@ -116,7 +124,7 @@ pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
             "add `labels` i64 of the shape of `input_ids`, -100 where there is none",
         ));
     }
-    let model = load::build(&checkpoint, arguments.dtype.dtype(), &device)?;
+    let model = load::build(&checkpoint, arguments.dtype.dtype(), weights, &device)?;
     let mut arrays = forward(&model, &inputs, arguments.hidden_states, &device)?;
     if let Some(labels) = inputs.labels.as_ref().filter(|_| arguments.grads) {
         arrays.extend(grads::gradients(&model, &checkpoint, &inputs, labels, &device)?);
