@@ -33,6 +33,10 @@ pub enum Command {
     Quickstart(commands::quickstart::QuickstartArguments),
     /// Run a training recipe
     Train(commands::train::TrainArguments),
+    /// Draw a run: loss, learning rate, throughput, load of the experts
+    Plot(commands::plot::PlotArguments),
+    /// Serve the live page of a run, under way or done, to this machine
+    Dashboard(commands::dashboard::DashboardArguments),
     /// Continue a prompt or answer a conversation
     Generate(commands::generate::GenerateArguments),
     /// Talk to a model
@@ -147,7 +151,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arg
 /// Moves the options of `train` itself in front of the recipe, since all that follows it is taken for overrides.
 fn own_options_first(arguments: Vec<OsString>) -> Vec<OsString> {
     const WITH_VALUE: [&str; 2] = ["--device", "--threads"];
-    const ALONE: [&str; 3] = ["--dry-run", "--help", "-h"];
+    const ALONE: [&str; 4] = ["--dry-run", "--dashboard", "--help", "-h"];
     let is_command = |argument: &OsString| Arguments::command().find_subcommand(argument).is_some();
     let Some(train) = arguments.iter().position(is_command) else { return arguments };
     if arguments[train] != "train" {
@@ -155,11 +159,19 @@ fn own_options_first(arguments: Vec<OsString>) -> Vec<OsString> {
     }
     let mut first: Vec<OsString> = arguments[..=train].to_vec();
     let mut rest = Vec::new();
-    let mut remaining = arguments.into_iter().skip(train + 1);
+    let mut remaining = arguments.into_iter().skip(train + 1).peekable();
     while let Some(argument) = remaining.next() {
         let text = argument.to_string_lossy();
         let is_pair = |name: &&str| text.strip_prefix(*name).is_some_and(|value| value.starts_with('='));
-        if ALONE.contains(&text.as_ref()) || WITH_VALUE.iter().any(is_pair) {
+        let port = |argument: &OsString| argument.to_string_lossy().parse::<u16>().is_ok();
+        if text == "--dashboard"
+            && let Some(port) = remaining.next_if(port)
+        {
+            first.push(format!("--dashboard={}", port.to_string_lossy()).into());
+        } else if text.starts_with("--dashboard=")
+            || ALONE.contains(&text.as_ref())
+            || WITH_VALUE.iter().any(is_pair)
+        {
             first.push(argument);
         } else if WITH_VALUE.contains(&text.as_ref()) {
             first.push(argument);
@@ -207,13 +219,23 @@ mod tests {
 
     #[test]
     fn options_of_train_may_follow_the_recipe() {
-        let line = "mistral4 train r.yaml --a.b 1 --device=cuda:2 --dry-run --threads 3 --c.device x";
+        let line =
+            "mistral4 train r.yaml --a.b 1 --device=cuda:2 --dry-run --dashboard 0 --threads 3 --c.device x";
         let Ok(arguments) = parse(line.split(' ').map(OsString::from)) else { panic!("{line} is right") };
         assert_eq!(arguments.threads, Some(3));
         let Command::Train(train) = arguments.command else { panic!("the command is train") };
         assert!(train.dry_run);
         assert_eq!(train.compute.device, DeviceChoice::Cuda(2));
         assert_eq!(train.overrides, ["--a.b", "1", "--c.device", "x"]);
+        assert_eq!(train.dashboard, Some(0));
+        for (line, port) in
+            [("--dashboard r.yaml", 6480), ("--dashboard=7 r.yaml", 7), ("r.yaml --dashboard", 6480)]
+        {
+            let line = format!("mistral4 train {line}");
+            let Ok(arguments) = parse(line.split(' ').map(OsString::from)) else { panic!("{line} is right") };
+            let Command::Train(train) = arguments.command else { panic!("the command is train") };
+            assert_eq!((train.dashboard, train.recipe.to_str()), (Some(port), Some("r.yaml")), "{line}");
+        }
     }
 
     #[test]

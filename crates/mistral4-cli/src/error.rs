@@ -228,6 +228,7 @@ impl From<TrainError> for Error {
                 (ErrorKind::Failed, "the last checkpoint is untouched; start from it with other settings")
             }
             E::Read { .. } => (ErrorKind::Input, "check the path"),
+            E::Port { .. } => (ErrorKind::Input, "give another port; 0 takes any that is free"),
             E::Write { .. } => (ErrorKind::Failed, "check that the folder may be written to and has space"),
             E::Yaml { .. } => (ErrorKind::Input, "correct the recipe at this line"),
             E::UnknownKey { .. } => (

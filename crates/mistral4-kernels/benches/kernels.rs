@@ -1,16 +1,16 @@
 //! Timings of the heavy kernels at the sizes of a small and a medium model.
 //!
-//! Throughput is in floating-point operations per second, except for `matvec`, `quantized` with few rows, and the
-//! decoding cases, which
-//! memory limits: there it is bytes of weights (or cache) per second. `MISTRAL4_ISA` picks an instruction set,
-//! `RAYON_NUM_THREADS` the threads. The machine's peaks are printed first.
+//! Throughput is in floating-point operations per second, except for `matvec`, `quantized` with few rows, the
+//! decoding cases and `optimizer`, which memory limits: there it is bytes of weights (or cache, or states) per second.
+//! `MISTRAL4_ISA` picks an instruction set, `RAYON_NUM_THREADS` the threads. The machine's peaks are printed first.
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mistral4_kernels::{
-    Activation, Attention, AttentionDims, AttentionGrads, AttentionSaved, Bits, Element, ExpertDims,
-    ExpertGrads, Experts, LinearDims, QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims,
-    attention, attention_backward, bf16, linear, linear_backward_input, linear_backward_weight, moe_experts,
-    moe_experts_backward, peak_bf16_gflops, peak_f32_gflops, quantized_experts, quantized_linear,
-    read_bandwidth,
+    Activation, AdamW, AdamW8bitState, AdamWState, Attention, AttentionDims, AttentionGrads, AttentionSaved,
+    BLOCK_8BIT, Bits, DynamicMap, Element, ExpertDims, ExpertGrads, Experts, LinearDims, Quantized8bit,
+    QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims, adamw_step, adamw_step_8bit,
+    adamw_step_master, attention, attention_backward, bf16, linear, linear_backward_input,
+    linear_backward_weight, moe_experts, moe_experts_backward, peak_bf16_gflops, peak_f32_gflops,
+    quantized_experts, quantized_linear, read_bandwidth, sum_of_squares,
 };
 use std::time::Duration;
 
@@ -59,6 +59,75 @@ fn matvec<T: Element>(c: &mut Criterion) {
         group.throughput(Throughput::Bytes((outputs * inputs * size_of::<T>()) as u64));
         group.bench_function(BenchmarkId::from_parameter(rows), |b| b.iter(|| linear(dims, &x, &w, &mut y)));
     }
+}
+
+/// One step of AdamW over 32 Mi parameters; throughput is in bytes read and written at least.
+fn optimizer(c: &mut Criterion) {
+    const LEN: usize = 32 << 20;
+    let hyper = AdamW {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled_weight_decay: true,
+        grad_scale: 0.5,
+    };
+    let mut group = c.benchmark_group("optimizer");
+    let (mut param, grad) = (values::<f32>(LEN), values::<f32>(LEN));
+    let mut rounded = vec![bf16::ZERO; LEN];
+    let (mut m, mut v) = (vec![0.0f32; LEN], vec![0.0f32; LEN]);
+    group.throughput(Throughput::Bytes(4 * LEN as u64));
+    group.bench_function("norm", |b| b.iter(|| sum_of_squares(&grad)));
+    group.throughput(Throughput::Bytes(28 * LEN as u64));
+    group.bench_function("f32", |b| {
+        b.iter(|| {
+            let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
+            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+        });
+    });
+    // The same with a copy of the parameter before and one thread that rounds after, as the trainer once did.
+    group.throughput(Throughput::Bytes(30 * LEN as u64));
+    group.bench_function("f32 master, copied and rounded apart", |b| {
+        b.iter(|| {
+            let mut copy = param.clone();
+            let (param, exp_avg, exp_avg_sq) = (&mut copy[..], &mut m[..], &mut v[..]);
+            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+            copy.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()
+        });
+    });
+    group.bench_function("f32 master, bf16 parameter", |b| {
+        b.iter(|| {
+            let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
+            let state = AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq };
+            adamw_step_master(&hyper, 3, &mut rounded, state);
+        });
+    });
+    drop((m, v));
+    let (mut m, mut v) = (vec![bf16::ZERO; LEN], vec![bf16::ZERO; LEN]);
+    group.throughput(Throughput::Bytes(20 * LEN as u64));
+    group.bench_function("bf16 moments", |b| {
+        b.iter(|| {
+            let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
+            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+        });
+    });
+    drop((m, v));
+    let (mut m, mut v) = (vec![DynamicMap::Signed.zero(); LEN], vec![0u8; LEN]);
+    let (mut m_absmax, mut v_absmax) = (vec![0.0f32; LEN / BLOCK_8BIT], vec![0.0f32; LEN / BLOCK_8BIT]);
+    group.throughput(Throughput::Bytes(16 * LEN as u64));
+    group.bench_function("8-bit moments", |b| {
+        b.iter(|| {
+            let state = AdamW8bitState {
+                param: &mut param,
+                rounded: None,
+                grad: &grad[..],
+                exp_avg: Quantized8bit { codes: &mut m, absmax: &mut m_absmax },
+                exp_avg_sq: Quantized8bit { codes: &mut v, absmax: &mut v_absmax },
+            };
+            adamw_step_8bit(&hyper, 3, state);
+        });
+    });
 }
 
 fn experts(c: &mut Criterion) {
@@ -213,6 +282,7 @@ fn kernels(c: &mut Criterion) {
     experts(c);
     quantized_linears(c);
     attentions(c);
+    optimizer(c);
 }
 
 criterion_group! {

@@ -14,6 +14,9 @@ pub trait Element:
 
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+
+    /// Rounds up or down: up for a share of the values of `random` that is the distance from the number below.
+    fn from_f32_random(value: f32, random: u16) -> Self;
 }
 
 impl Element for f32 {
@@ -26,6 +29,11 @@ impl Element for f32 {
 
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn from_f32_random(value: f32, _: u16) -> Self {
         value
     }
 }
@@ -43,6 +51,14 @@ impl Element for bf16 {
         // Written without a branch so that loops over it vectorise.
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet_nan = (bits >> 16) | 0x40;
+        bf16::from_bits(if value.is_nan() { quiet_nan } else { rounded } as u16)
+    }
+
+    #[inline(always)]
+    fn from_f32_random(value: f32, random: u16) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(u32::from(random)) >> 16;
         let quiet_nan = (bits >> 16) | 0x40;
         bf16::from_bits(if value.is_nan() { quiet_nan } else { rounded } as u16)
     }

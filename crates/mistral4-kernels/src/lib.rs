@@ -39,7 +39,10 @@ pub use gemm::{
 pub use isa::{Isa, IsaError};
 pub use loss::{IGNORE_INDEX, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, linear_cross_entropy};
 pub use norm::{RmsNormSaved, rms_norm, rms_norm_backward};
-pub use optimizer::{AdamW, AdamWState, adamw_step, adamw_step_master, scale, sum_of_squares};
+pub use optimizer::{
+    AdamW, AdamW8bitState, AdamWState, BLOCK_8BIT, DynamicMap, Quantized8bit, adamw_step, adamw_step_8bit,
+    adamw_step_master, scale, sum_of_squares,
+};
 pub use peaks::{peak_bf16_gflops, peak_f32_gflops, read_bandwidth};
 pub use quantized::{
     Bits, QuantizeError, QuantizedExperts, QuantizedMatrix, Scales, Scheme, StackDims, quantized_experts,

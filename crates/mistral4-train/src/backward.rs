@@ -45,16 +45,22 @@ impl Gradients {
     }
 
     /// L2 norm over all gradients, summed in f64.
-    pub fn norm(&self) -> f64 {
-        let square = |gradient: &Tensor<1>| -> f64 {
-            if ops::is_fused(&gradient.device()) {
-                let data = gradient.to_data();
+    ///
+    /// On the CPU their memory is taken out and put back, so that nothing is copied.
+    pub fn norm(&mut self) -> f64 {
+        let square = |gradient: &mut Tensor<1>| -> f64 {
+            let device = gradient.device();
+            if ops::is_fused(&device) {
+                let empty = Tensor::zeros([0], (&device, DType::F32));
+                let data = std::mem::replace(gradient, empty).into_data();
                 let values = data.as_slice::<f32>().expect("gradients are f32");
-                return mistral4_kernels::sum_of_squares(values);
+                let sum = mistral4_kernels::sum_of_squares(values);
+                *gradient = Tensor::from_data(data, (&device, DType::F32));
+                return sum;
             }
             f64::from(gradient.clone().square().sum().into_scalar::<f32>())
         };
-        self.0.values().map(square).sum::<f64>().sqrt()
+        self.0.values_mut().map(square).sum::<f64>().sqrt()
     }
 
     /// Multiplies every gradient by `factor`.
@@ -238,50 +244,117 @@ fn layer_by_layer(
     scale: LossScale,
     gradients: &mut Gradients,
 ) -> Result<MicroBatchLoss> {
-    let text = model.text();
-    let prefix = model.text_prefix();
-    let mut measured = MicroBatchLoss::default();
-    let mut x = model.embed(&batch.inputs)?;
-    let context = text.model.context(&batch.inputs, None)?;
-    let mut inputs = Vec::with_capacity(text.model.layers.len());
-    for (index, layer) in text.model.layers.iter().enumerate() {
-        inputs.push(x.clone());
-        let (y, routing) = layer.forward(x, &context, None);
-        x = y;
-        if let Some(routing) = routing {
-            measured.loads.push((index, routing.load));
-            measured.aux_loss += routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
+    let mut pass = LayerPass::forward(model, batch, scale)?;
+    pass.head(model, gradients);
+    while pass.layer(model, gradients) {}
+    pass.embeddings(model, gradients)?;
+    Ok(pass.measured)
+}
+
+/// Runs a micro-batch forward and backward and moves the parameters of each part of the model as soon as its gradient
+/// is final, so that only one part's gradient exists at a time; returns the model, what was measured, and the norm of
+/// the gradient.
+///
+/// `update` gets the model and the gradients of one part. Nothing is updated when the loss is no finite number, and
+/// nothing more once a gradient is none.
+///
+/// # Errors
+/// Inputs that the model refuses.
+pub fn update_in_backward(
+    mut model: Mistral4,
+    batch: &LabelledInputs,
+    scale: LossScale,
+    mut update: impl FnMut(Mistral4, &mut Gradients) -> Mistral4,
+) -> Result<(Mistral4, MicroBatchLoss, f64)> {
+    let mut pass = LayerPass::forward(&model, batch, scale)?;
+    let mut gradients = Gradients::default();
+    let mut squares = 0.0;
+    let mut take = |model: Mistral4, gradients: &mut Gradients| {
+        squares += gradients.norm().powi(2);
+        if f64::is_finite(squares) { update(model, gradients) } else { model }
+    };
+    pass.head(&model, &mut gradients);
+    if !pass.measured.loss_sum.is_finite() {
+        return Ok((model, pass.measured, f64::NAN));
+    }
+    model = take(model, &mut gradients);
+    while pass.layer(&model, &mut gradients) {
+        model = take(model, &mut gradients);
+    }
+    pass.embeddings(&model, &mut gradients)?;
+    model = take(model, &mut gradients);
+    Ok((model, pass.measured, squares.sqrt()))
+}
+
+/// A micro-batch on its way back through the model, a layer at a time.
+struct LayerPass<'a> {
+    batch: &'a LabelledInputs,
+    scale: LossScale,
+    measured: MicroBatchLoss,
+    context: LayerContext,
+    /// Inputs of the layers that are still to come, first layer first.
+    inputs: Vec<Tensor<2>>,
+    /// Before the head: its input; then the gradient of the output of the layer that is next.
+    x: Tensor<2>,
+}
+
+impl<'a> LayerPass<'a> {
+    fn forward(model: &Mistral4, batch: &'a LabelledInputs, scale: LossScale) -> Result<Self> {
+        let text = model.text();
+        let mut measured = MicroBatchLoss::default();
+        let mut x = model.embed(&batch.inputs)?;
+        let context = text.model.context(&batch.inputs, None)?;
+        let mut inputs = Vec::with_capacity(text.model.layers.len());
+        for (index, layer) in text.model.layers.iter().enumerate() {
+            inputs.push(x.clone());
+            let (y, routing) = layer.forward(x, &context, None);
+            x = y;
+            if let Some(routing) = routing {
+                measured.loads.push((index, routing.load));
+                measured.aux_loss += routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
+            }
         }
+        Ok(Self { batch, scale, measured, context, inputs, x })
     }
 
-    let norm = text.model.norm.clone().train();
-    let lm_head = text.lm_head.clone().train();
-    let labels = batch.labels(&x.device());
-    let leaf = x.autodiff().require_grad();
-    let loss = ops::linear_cross_entropy(norm.forward(leaf.clone()), lm_head.weight.val(), labels);
-    measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
-    let mut from = (loss * scale.per_token).backward();
-    gradients.collect(&norm, &format!("{prefix}model.norm."), &mut from);
-    gradients.collect(&lm_head, &format!("{prefix}lm_head."), &mut from);
-    let mut dx = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
-    drop(from);
+    /// The loss, and the gradients of the output projection and of the final norm.
+    fn head(&mut self, model: &Mistral4, gradients: &mut Gradients) {
+        let (text, prefix) = (model.text(), model.text_prefix());
+        let norm = text.model.norm.clone().train();
+        let lm_head = text.lm_head.clone().train();
+        let labels = self.batch.labels(&self.x.device());
+        let leaf = self.x.clone().autodiff().require_grad();
+        let loss = ops::linear_cross_entropy(norm.forward(leaf.clone()), lm_head.weight.val(), labels);
+        self.measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
+        let mut from = (loss * self.scale.per_token).backward();
+        gradients.collect(&norm, &format!("{prefix}model.norm."), &mut from);
+        gradients.collect(&lm_head, &format!("{prefix}lm_head."), &mut from);
+        self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
+    }
 
-    for (index, input) in inputs.into_iter().enumerate().rev() {
-        let layer = text.model.layers[index].clone().train();
+    /// The gradients of the last layer that is left; false when there is none.
+    fn layer(&mut self, model: &Mistral4, gradients: &mut Gradients) -> bool {
+        let Some(input) = self.inputs.pop() else { return false };
+        let (index, prefix) = (self.inputs.len(), model.text_prefix());
+        let layer = model.text().model.layers[index].clone().train();
         let leaf = input.autodiff().require_grad();
-        let total = seeded(&layer, leaf.clone(), &context, dx, scale.aux);
+        let total = seeded(&layer, leaf.clone(), &self.context, self.x.clone(), self.scale.aux);
         let mut from = total.backward();
         gradients.collect(&layer, &format!("{prefix}model.layers.{index}."), &mut from);
-        dx = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
+        self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
+        true
     }
 
-    let trained = model.train();
-    let embeds = trained.embed(&batch.inputs)?;
-    if embeds.is_tracked() {
-        let mut from = (embeds * dx.autodiff()).sum().backward();
-        trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
+    /// The gradients of the embeddings, and of the vision tower and the projector.
+    fn embeddings(&self, model: &Mistral4, gradients: &mut Gradients) -> Result<()> {
+        let trained = model.train();
+        let embeds = trained.embed(&self.batch.inputs)?;
+        if embeds.is_tracked() {
+            let mut from = (embeds * self.x.clone().autodiff()).sum().backward();
+            trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
+        }
+        Ok(())
     }
-    Ok(measured)
 }
 
 /// A scalar whose gradient is that of the layer's output times `dy`, plus the layer's own losses.

@@ -176,6 +176,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The live page cannot be served.
+    #[error("cannot serve the live page on 127.0.0.1:{port}; choose another port")]
+    Port {
+        /// The port.
+        port: u16,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The recipe is not YAML, or YAML of a kind that a recipe may not hold.
     #[error("{location}: {message}")]
     Yaml {

@@ -2,7 +2,9 @@
 
 pub mod backward;
 pub mod checkpoint;
+pub mod dashboard;
 pub mod data;
+mod early_stop;
 mod error;
 mod guard;
 pub mod metrics;
@@ -12,6 +14,7 @@ pub mod quickstart;
 pub mod recipe;
 pub mod schedule;
 pub mod setup;
+pub mod tensorboard;
 pub mod trainer;
 
 pub use error::{AcceptedNames, Blocker, Error, Location, Origin, Result};

@@ -136,6 +136,83 @@ pub fn peak_memory_gib() -> f64 {
     kib / (1024.0 * 1024.0)
 }
 
+/// Where the tokens of one step went, a line of `expert_load.jsonl`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertLoad {
+    /// Optimizer step, counted from 0.
+    pub step: usize,
+    /// The layers with experts.
+    pub layers: Vec<LayerLoad>,
+}
+
+/// Tokens sent to each expert of a layer in one step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerLoad {
+    /// Its place in the model.
+    pub layer: usize,
+    /// `[E]`
+    pub tokens: Vec<u64>,
+}
+
+/// How a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunState {
+    /// Steps are taken, unless the process was killed.
+    Running,
+    /// All steps were taken, or it stopped early because a held-out loss no longer fell.
+    Finished,
+    /// It was asked to stop.
+    Stopped,
+    /// It ended with an error.
+    Failed,
+}
+
+/// `status.json` in a run's folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunStatus {
+    /// How it stands.
+    pub state: RunState,
+    /// Optimizer steps of the whole run.
+    pub total_steps: usize,
+    /// Parameters of the model.
+    pub parameters: usize,
+    /// Those that are trained.
+    pub trained_parameters: usize,
+    /// Why it ended, where that needs saying.
+    pub message: Option<String>,
+}
+
+impl RunStatus {
+    const FILE: &'static str = "status.json";
+
+    /// Writes it to a run's folder, whole or not at all.
+    ///
+    /// # Errors
+    /// A folder that cannot be written.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(Self::FILE);
+        let failed = |source| Error::Write { path: path.clone(), source };
+        let partial = path.with_extension("json.partial");
+        let text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
+        std::fs::write(&partial, text).map_err(failed)?;
+        std::fs::rename(&partial, &path).map_err(failed)
+    }
+
+    /// Reads it from a run's folder; `None` where there is none that can be understood.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(Self::FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::Read { path, source }),
+        }
+    }
+}
+
 /// Appends records to a JSONL file, each written through at once, so that a killed run keeps its lines.
 pub struct MetricsFile {
     path: PathBuf,
@@ -199,6 +276,25 @@ fn kept_lines(text: &str, first_step: usize) -> String {
         }
     }
     kept
+}
+
+/// The files of held-out results in a run's folder, with the names of their sets: `default` first, then by name.
+///
+/// # Errors
+/// A folder that cannot be read.
+pub fn validation_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let failed = |source| Error::Read { path: folder.to_owned(), source };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| {
+            let set = name.strip_prefix("validation")?.strip_suffix(".jsonl")?;
+            Some(if set.is_empty() { "default" } else { set.strip_prefix('_')? }.to_owned())
+        });
+        files.extend(name.map(|name| (name, path)));
+    }
+    files.sort_by(|(a, _), (b, _)| (a != "default", a).cmp(&(b != "default", b)));
+    Ok(files)
 }
 
 /// Reads a metrics file; lines that are not records of this kind are left out.

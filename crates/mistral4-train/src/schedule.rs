@@ -287,16 +287,10 @@ impl StepScheduler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::{OnLossSpike, OnNonFinite, OptimizerKind};
+    use crate::recipe::{OnLossSpike, OnNonFinite};
 
     fn optimizer() -> OptimizerConfig {
-        OptimizerConfig {
-            kind: OptimizerKind::AdamW,
-            lr: 1e-3,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            weight_decay: 0.1,
-        }
+        OptimizerConfig { lr: 1e-3, weight_decay: 0.1, ..OptimizerConfig::default() }
     }
 
     fn config(style: LrDecayStyle) -> LrSchedulerConfig {

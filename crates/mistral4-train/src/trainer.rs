@@ -1,7 +1,9 @@
 //! The training loop.
 
 mod measure;
+mod record;
 mod start;
+mod step;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,18 +12,21 @@ use std::time::Instant;
 use burn::tensor::Device;
 use mistral4::model::Mistral4;
 
-use crate::backward::{Activations, Gradients, LabelledInputs, LossScale, MicroBatchLoss, forward_backward};
+use crate::backward::{Activations, Gradients};
 use crate::checkpoint::{Completed, Disk, Losses, ModelFiles, Saver, Snapshot};
-use crate::data::{Batch, Loader};
+use crate::data::Loader;
+use crate::early_stop::EarlyStop;
 use crate::error::Result;
-use crate::guard::{BatchLoss, Guard, StepOutcome, Verdict};
-use crate::metrics::{MetricsFile, StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
+use crate::guard::{Guard, StepOutcome, Verdict};
+use crate::metrics::{MetricsFile, RunState, StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
 use crate::optim::{Optimizer, StepFactors};
-use crate::plot::RunPlot;
+use crate::plot::{Curve, RunPlot};
 use crate::recipe::Recipe;
 use crate::schedule::{LrSchedule, StepScheduler, StepState};
 use crate::setup::Setup;
-use measure::{count, load_metrics, subtitle, validate};
+use measure::{count, subtitle, validate};
+use record::{Recorder, Utilization, load_metrics, note_failure};
+use step::{Measured, accumulate, update_on_the_way};
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -58,8 +63,8 @@ pub struct Run {
     pub checkpoint: Option<PathBuf>,
     /// Every step, those before a resumption included.
     pub steps: Vec<StepMetrics>,
-    /// Every validation of the first held-out set, those before a resumption included.
-    pub validations: Vec<ValidationMetrics>,
+    /// Every validation by the name of the held-out set, those before a resumption included.
+    pub validations: Vec<(String, Vec<ValidationMetrics>)>,
     /// The picture of the loss.
     pub picture: PathBuf,
     /// Whether it was asked to stop early.
@@ -71,6 +76,8 @@ struct HeldOut {
     name: String,
     loader: Loader,
     file: MetricsFile,
+    /// Every validation so far.
+    validations: Vec<ValidationMetrics>,
 }
 
 /// A run under way: everything that a step reads or changes.
@@ -83,10 +90,11 @@ struct Training {
     scheduler: StepScheduler,
     schedule: LrSchedule,
     guard: Guard,
-    log: MetricsFile,
+    early_stop: EarlyStop,
+    recorder: Recorder,
+    utilization: Option<Utilization>,
     saver: Saver,
     steps: Vec<StepMetrics>,
-    validations: Vec<ValidationMetrics>,
     /// The last complete checkpoint.
     checkpoint: Option<PathBuf>,
 }
@@ -121,6 +129,17 @@ pub fn run_on(
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
     recipe.check_runnable()?;
+    let run = train(disk, recipe, device, interrupted, observe);
+    run.inspect_err(|error| note_failure(&recipe.checkpoint.checkpoint_dir, error))
+}
+
+fn train(
+    disk: Disk,
+    recipe: &Recipe,
+    device: &Device,
+    interrupted: &AtomicBool,
+    observe: &mut dyn FnMut(Event<'_>),
+) -> Result<Run> {
     let mut t = Training::start(disk, recipe, device, observe)?;
     let total_steps = t.scheduler.total_steps();
     observe(Event::Started { total_steps, parameters: count(&t.setup.model) });
@@ -128,39 +147,52 @@ pub fn run_on(
         true => Activations::Recomputed,
         false => Activations::Kept,
     };
-    let mut stopped = false;
-    while !t.scheduler.is_finished() && !stopped {
+    let (mut is_interrupted, mut ends_early) = (false, t.early_stop.verdict());
+    while !t.scheduler.is_finished() && !is_interrupted && ends_early.is_none() {
         let started = Instant::now();
         let at = t.scheduler.state();
-        let next = t.loader.next_step(t.scheduler.grad_acc_steps())?;
+        let mut next = t.loader.next_step(t.scheduler.grad_acc_steps())?;
         let (label_tokens, tokens, ends_epoch) =
             (next.num_label_tokens(), next.num_tokens(), next.ends_epoch);
 
+        let flops = t.utilization.as_ref().map(|utilization| utilization.flops(&next.batches));
+        let mut factors =
+            StepFactors { lr: t.schedule.lr(at.step), weight_decay: t.schedule.wd(at.step), grad_scale: 1.0 };
         let mut gradients = Gradients::default();
-        let (measured, batches) =
-            accumulate(&t.setup.model, next.batches, label_tokens, activations, &mut gradients, device)?;
+        let (Measured { sum: measured, batches }, grad_norm) = if recipe.optimizer_in_bwd {
+            let batch = next.batches.remove(0);
+            let (model, measured, norm) =
+                update_on_the_way(t.setup.model, batch, &mut t.optimizer, factors, device)?;
+            t.setup.model = model;
+            (measured, norm)
+        } else {
+            let (model, batches) = (&t.setup.model, next.batches);
+            let measured = accumulate(model, batches, label_tokens, activations, &mut gradients, device)?;
+            (measured, gradients.norm())
+        };
         let loss = measured.loss_sum / label_tokens.max(1) as f64;
-        let grad_norm = gradients.norm();
         let verdict = t.guard.judge(&StepOutcome { step: at.step, loss, grad_norm, batches: &batches })?;
         if let Verdict::Report(message) | Verdict::Skip(_, message) = &verdict {
             observe(Event::Note(message.clone()));
         }
-        let factors = StepFactors {
-            lr: t.schedule.lr(at.step),
-            weight_decay: t.schedule.wd(at.step),
-            grad_scale: clip_coefficient(grad_norm, recipe.max_grad_norm),
-        };
+        factors.grad_scale = clip_coefficient(grad_norm, recipe.max_grad_norm);
         let mut more = load_metrics(&measured);
         if let Verdict::Skip(reason, _) = verdict {
             more.insert("skipped".into(), reason.into());
             more.insert("skipped_steps".into(), t.guard.state().skipped_steps.into());
         } else {
-            t.setup.model = t.optimizer.step(t.setup.model, gradients, factors);
+            if !recipe.optimizer_in_bwd {
+                t.setup.model = t.optimizer.step(t.setup.model, gradients, factors);
+            }
             let factor = recipe.model.gate_bias_update_factor;
             t.setup.model.text_mut().model.update_moe_gate_bias(&measured.loads, factor);
         }
 
-        let tps = tokens as f64 / started.elapsed().as_secs_f64();
+        let seconds = started.elapsed().as_secs_f64();
+        if let (Some(utilization), Some(flops)) = (&t.utilization, flops) {
+            more.insert("mfu".into(), utilization.mfu(flops, seconds).into());
+        }
+        let tps = tokens as f64 / seconds;
         let metrics = StepMetrics {
             step: at.step,
             epoch: at.epoch,
@@ -175,20 +207,22 @@ pub fn run_on(
             num_label_tokens: label_tokens,
             more,
         };
-        t.log.write(&metrics)?;
+        t.recorder.step(&metrics, &measured.loads)?;
         observe(Event::Step(&metrics));
         t.steps.push(metrics);
 
-        stopped = interrupted.load(Ordering::Relaxed);
-        let validates = t.scheduler.is_val_step(ends_epoch) && !stopped;
-        let saves = t.scheduler.is_ckpt_step(ends_epoch) || stopped;
+        is_interrupted = interrupted.load(Ordering::Relaxed);
+        let validates = t.scheduler.is_val_step(ends_epoch) && !is_interrupted;
+        let saves = t.scheduler.is_ckpt_step(ends_epoch);
         t.scheduler.advance(ends_epoch);
         let held_out = if validates { t.validate(at, factors.lr, device, observe)? } else { Vec::new() };
-        if saves && recipe.checkpoint.enabled {
+        t.early_stop.see(&held_out);
+        ends_early = t.early_stop.verdict();
+        if (saves || is_interrupted || ends_early.is_some()) && recipe.checkpoint.enabled {
             t.save(at, recipe, Losses::new(loss, &held_out), observe)?;
         }
     }
-    t.finish(recipe, stopped, observe)
+    t.finish(recipe, is_interrupted, ends_early, observe)
 }
 
 impl Training {
@@ -201,13 +235,12 @@ impl Training {
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<(String, f64)>> {
         let mut losses = Vec::with_capacity(self.held_out.len());
-        for (index, set) in self.held_out.iter_mut().enumerate() {
+        for set in &mut self.held_out {
             let metrics = validate(&self.setup.model, set, at, lr, device)?;
+            self.recorder.validation(&set.name, &metrics)?;
             observe(Event::Validation { name: &set.name, metrics: &metrics });
             losses.push((set.name.clone(), metrics.val_loss));
-            if index == 0 {
-                self.validations.push(metrics);
-            }
+            set.validations.push(metrics);
         }
         Ok(losses)
     }
@@ -220,7 +253,7 @@ impl Training {
         losses: Losses,
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
-        self.log.sync()?;
+        self.recorder.sync()?;
         for set in &self.held_out {
             set.file.sync()?;
         }
@@ -236,6 +269,7 @@ impl Training {
             loader: self.loader.state(),
             seed: recipe.rng.seed,
             guard: self.guard.state().clone(),
+            early_stop: self.early_stop.state(),
             losses,
             recipe: recipe.to_yaml().to_owned(),
         };
@@ -258,59 +292,42 @@ impl Training {
         mut self,
         recipe: &Recipe,
         interrupted: bool,
+        ends_early: Option<String>,
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<Run> {
         let saved = self.saver.wait()?;
         self.note_saved(saved, observe);
+        if let Some(message) = &ends_early {
+            observe(Event::Note(message.clone()));
+        }
+        self.recorder.end(if interrupted { RunState::Stopped } else { RunState::Finished }, ends_early)?;
         let folder = &recipe.checkpoint.checkpoint_dir;
         let picture = folder.join("loss.svg");
         let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
         let finite: Vec<StepMetrics> =
             self.steps.iter().filter(|step| step.loss.is_finite()).cloned().collect();
         let subtitle = subtitle(&self.steps, &self.setup.model);
-        RunPlot { title: &title, subtitle: &subtitle, steps: &finite, validations: &self.validations }
-            .write(&picture)?;
+        let validations: Vec<(String, Vec<ValidationMetrics>)> =
+            self.held_out.into_iter().map(|set| (set.name, set.validations)).collect();
+        RunPlot {
+            title: &title,
+            subtitle: &subtitle,
+            steps: &finite,
+            validations: &validations,
+            load: None,
+            curves: &[Curve::Loss, Curve::LearningRate],
+        }
+        .write(&picture)?;
         Ok(Run {
             model: self.setup.model.clone(),
             setup: self.setup,
             checkpoint: self.checkpoint,
             steps: self.steps,
-            validations: self.validations,
+            validations,
             picture,
             interrupted,
         })
     }
-}
-
-/// Forward and backward over the micro-batches of one step: what they measured together, and each one's loss.
-fn accumulate(
-    model: &Mistral4,
-    batches: Vec<Batch>,
-    label_tokens: usize,
-    activations: Activations,
-    gradients: &mut Gradients,
-    device: &Device,
-) -> Result<(MicroBatchLoss, Vec<BatchLoss>)> {
-    let scale =
-        LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / batches.len().max(1) as f64 };
-    let mut sum = MicroBatchLoss::default();
-    let mut each = Vec::with_capacity(batches.len());
-    for mut batch in batches {
-        let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
-        let part =
-            forward_backward(model, &LabelledInputs::new(batch, device), scale, activations, gradients)?;
-        each.push(BatchLoss { rows, loss_sum: part.loss_sum + part.aux_loss, label_tokens });
-        sum.loss_sum += part.loss_sum;
-        sum.aux_loss += part.aux_loss * scale.aux;
-        if sum.loads.is_empty() {
-            sum.loads = part.loads;
-            continue;
-        }
-        for ((_, sum), (_, part)) in sum.loads.iter_mut().zip(part.loads) {
-            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-        }
-    }
-    Ok((sum, each))
 }
 
 /// The factor that brings the gradient's norm down to `max_norm`.

@@ -136,8 +136,10 @@ fn the_load_balancing_loss_reaches_the_router_and_is_one_when_even() {
     let gate = "model.layers.1.mlp.gate.weight";
     assert!(without[gate].iter().zip(&with[gate]).any(|(a, b)| (a - b).abs() > 1e-4));
     // With scores all alike, E * sum f_e p_e is 1 for any load.
-    let flat =
-        model(1.0).map_parameters(|key, values| key.ends_with("gate.weight").then(|| values.zeros_like()));
+    let flat = model(1.0).map_parameters(|key, _, values| match key.ends_with("gate.weight") {
+        true => values.zeros_like(),
+        false => values,
+    });
     let mut sink = Gradients::default();
     let scale = LossScale { per_token: 1.0, aux: 1.0 };
     let measured = forward_backward(&flat, &batch(), scale, Activations::Kept, &mut sink).unwrap();
@@ -164,4 +166,52 @@ fn frozen_parameters_get_no_gradient_and_do_not_change_the_others() {
         let diff = all[key].iter().zip(&some[key]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(diff < 1e-6, "{diff}");
     }
+}
+
+#[test]
+fn parameters_that_move_during_the_backward_pass_end_alike() {
+    let more = [
+        ("distributed.activation_checkpointing", "true"),
+        ("clip_grad_norm", "null"),
+        ("step_scheduler.max_steps", "6"),
+    ];
+    let losses = |in_bwd: &str| {
+        let case = fixtures().join("text");
+        let out = tempfile::tempdir().unwrap();
+        let set = |key: &str, value: &str| Override { key: key.to_owned(), value: value.to_owned() };
+        let mut overrides = vec![
+            set("model.pretrained_model_name_or_path", case.join("model").to_str().unwrap()),
+            set("dataset.path_or_dataset", case.join("unshifted.jsonl").to_str().unwrap()),
+            set("checkpoint.checkpoint_dir", out.path().to_str().unwrap()),
+            set("optimizer_in_bwd", in_bwd),
+        ];
+        overrides.extend(more.iter().map(|(key, value)| set(key, value)));
+        let recipe = Recipe::load(&fixtures().join("recipe.yaml"), &overrides).unwrap();
+        let run = trainer::run(&recipe, &Device::flex(), &AtomicBool::new(false), &mut |_| {}).unwrap();
+        run.steps.iter().map(|step| (step.loss.to_bits(), step.grad_norm)).collect::<Vec<_>>()
+    };
+    let (on_the_way, after) = (losses("true"), losses("false"));
+    assert_eq!(on_the_way.len(), 6);
+    for (a, b) in on_the_way.iter().zip(&after) {
+        assert_eq!(a.0, b.0);
+        assert!((a.1 - b.1).abs() < 1e-9 * b.1, "{} against {}", a.1, b.1);
+    }
+}
+
+#[test]
+fn what_the_whole_gradient_is_needed_for_is_refused_during_the_backward_pass() {
+    let set = |key: &str, value: &str| Override { key: key.to_owned(), value: value.to_owned() };
+    let load = |more: &[Override]| Recipe::load(&fixtures().join("recipe.yaml"), more);
+    let error = load(&[set("optimizer_in_bwd", "true")]).unwrap_err().to_string();
+    assert!(error.contains("no clip_grad_norm") && error.contains("activation_checkpointing"), "{error}");
+    let fitting = [
+        set("optimizer_in_bwd", "true"),
+        set("clip_grad_norm", "null"),
+        set("distributed.activation_checkpointing", "true"),
+    ];
+    load(&fitting).unwrap();
+    let mut skipping = fitting.to_vec();
+    skipping.push(set("step_scheduler.on_non_finite", "skip"));
+    let error = load(&skipping).unwrap_err().to_string();
+    assert!(error.contains("cannot be skipped"), "{error}");
 }

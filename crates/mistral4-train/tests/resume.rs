@@ -37,6 +37,7 @@ validation_dataloader: {shuffle: true}
 optimizer: {_target_: AdamW, lr: 1.0e-2, betas: [0.9, 0.95], weight_decay: 0.1}
 lr_scheduler: {lr_decay_style: cosine, lr_warmup_steps: 3}
 clip_grad_norm: {max_norm: 1.0}
+mfu: {peak_tflops: 1}
 ";
 
 fn config() -> Value {
@@ -100,7 +101,7 @@ fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
     let line = |line: &str| {
         let mut value: Value = serde_json::from_str(line).unwrap();
-        for key in ["timestamp", "mem", "tps", "tps_per_gpu"] {
+        for key in ["timestamp", "mem", "tps", "tps_per_gpu", "mfu"] {
             value.as_object_mut().unwrap().remove(key);
         }
         value
@@ -205,7 +206,41 @@ fn is_exact_after_a_kill(dtype: &str, is_async: &str) {
         |run: &Run| run.steps.iter().map(|step| (step.step, step.loss.to_bits())).collect::<Vec<_>>();
     assert_eq!(losses(&resumed)[13..], losses(&whole)[13..]);
     assert_eq!(resumed.steps.len(), 20);
-    assert!(files(whole.checkpoint.as_ref().unwrap())[Path::new("optim/master.safetensors")].len() > 8);
+    let files = files(whole.checkpoint.as_ref().unwrap());
+    assert_eq!(files.contains_key(Path::new("optim/master.safetensors")), dtype == "bfloat16");
+}
+
+/// Every form of the optimizer's states, in f32 and in bf16 with masters.
+#[test]
+fn every_optimizer_goes_on_bit_for_bit() {
+    let place = Place::new();
+    for (name, optimizer, states) in [
+        ("bf16", "{lr: 1.0e-2, exp_avg_dtype: torch.bfloat16, exp_avg_sq_dtype: torch.bfloat16}", "exp_avg"),
+        (
+            "8bit",
+            "{_target_: bitsandbytes.optim.AdamW8bit, lr: 1.0e-2, min_8bit_size: 100}",
+            "exp_avg_absmax",
+        ),
+        ("muon", "{_target_: dion.Muon, lr: 1.0e-2, nesterov: true}", "momentum_buffer"),
+    ] {
+        let dtype = if name == "8bit" { "bfloat16" } else { "float32" };
+        let more = [("optimizer", optimizer), ("model.torch_dtype", dtype)];
+        let (resumed, whole) = (format!("{name}-resumed"), format!("{name}-whole"));
+        train_until(&place.recipe(&resumed, &more), 8).unwrap();
+        place.train(&resumed, &more).unwrap();
+        let run = place.train(&whole, &more).unwrap();
+        assert_same(&place.path(&resumed), &place.path(&whole));
+        assert!(run.steps[19].loss < run.steps[0].loss, "{name}");
+        let file = format!("optim/{states}.safetensors");
+        assert!(files(run.checkpoint.as_ref().unwrap())[Path::new(&file)].len() > 100, "{name}");
+
+        let other = [("optimizer", "{_target_: AdamW}"), more[1], ("step_scheduler.max_steps", "30")];
+        let error = place.train(&resumed, &other).err().unwrap().to_string();
+        assert!(
+            error.contains("what the optimizer remembers of") && error.contains("f32 moments"),
+            "{error}"
+        );
+    }
 }
 
 #[test]
@@ -365,7 +400,7 @@ fn a_full_disk_is_named_with_the_file() {
     let names = std::fs::read_dir(place.path("run")).unwrap();
     let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, ["training.jsonl", "validation.jsonl"]);
+    assert_eq!(names, ["expert_load.jsonl", "status.json", "training.jsonl", "validation.jsonl"]);
 }
 
 fn names(run: &Path) -> Vec<String> {
@@ -387,7 +422,7 @@ fn the_last_and_the_best_checkpoints_are_kept() {
         ("lr_scheduler.max_lr", "3.0"),
     ];
     let run = place.train("run", &more).unwrap();
-    let measured = run.validations.iter().filter(|v| v.step % 2 == 1);
+    let measured = run.validations[0].1.iter().filter(|v| v.step % 2 == 1);
     let best = measured.min_by(|a, b| a.val_loss.total_cmp(&b.val_loss)).unwrap();
     assert!(best.step < 16, "the best is step {}", best.step);
     let target = |pointer| std::fs::read_link(place.path("run").join(pointer)).unwrap();
@@ -553,12 +588,12 @@ fn poisoned(place: &Place) -> PathBuf {
     let file = ConfigFile::from_value(config(), "config.json".as_ref(), &ConfigOptions::default()).unwrap();
     let source = InitialSource::new(&file.config, 3, DType::F32);
     let model = Mistral4::new(&file.config, MoeOptions::default(), &source, &Device::flex()).unwrap();
-    let model = model.map_parameters(|key, values| {
+    let model = model.map_parameters(|key, _, values| {
         let mut data = values.into_data().try_into_vec::<f32>().unwrap();
         if key == "model.embed_tokens.weight" {
             data[7 * 16..8 * 16].fill(f32::NAN);
         }
-        Some(burn::tensor::Tensor::from_floats(data.as_slice(), &Device::flex()))
+        burn::tensor::Tensor::from_floats(data.as_slice(), &Device::flex())
     });
     let folder = place.path("poisoned");
     let options = SaveOptions { dtype: SaveDType::Float(DType::F32), ..SaveOptions::default() };

@@ -188,9 +188,9 @@ fn permuting_experts_with_their_router_rows_changes_nothing() {
             order.iter().map(|&e| values.clone().slice_dim(0, e * stride..(e + 1) * stride)).collect();
         Tensor::cat(parts, 0)
     };
-    let permuted = plain.clone().map_parameters(|key, values| {
+    let permuted = plain.clone().map_parameters(|key, _, values| {
         let stacked = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"];
-        stacked.iter().any(|name| key.ends_with(name)).then(|| permute(values))
+        if stacked.iter().any(|name| key.ends_with(name)) { permute(values) } else { values }
     });
     let inputs = ModelInputs::rows((0..20).collect(), 2);
     assert_same("permuted experts", &logits(&permuted, &inputs), &logits(&plain, &inputs));

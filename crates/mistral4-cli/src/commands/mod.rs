@@ -3,10 +3,12 @@
 pub mod bench;
 pub mod chat;
 pub mod convert;
+pub mod dashboard;
 pub mod forward;
 pub mod generate;
 pub mod init;
 pub mod inspect;
+pub mod plot;
 mod prompt;
 pub mod quickstart;
 pub mod tokenize;
@@ -37,6 +39,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Quickstart(arguments) => quickstart::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),
+        Command::Plot(arguments) => plot::run(&arguments),
+        Command::Dashboard(arguments) => dashboard::run(&arguments),
     }
 }
 

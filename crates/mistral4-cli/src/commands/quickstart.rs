@@ -36,7 +36,7 @@ pub struct QuickstartArguments {
 /// A folder that cannot be written.
 pub fn run(arguments: &QuickstartArguments) -> Result<()> {
     let device = arguments.compute.device.open()?;
-    let interrupted = on_interrupt()?;
+    let interrupted = on_interrupt("finishing this step and saving; once more to leave at once")?;
     let mut watcher = Watcher::new(LINE_EVERY);
     let steps = arguments.steps.map(|steps| steps as usize);
     let outcome =

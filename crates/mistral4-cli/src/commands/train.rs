@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use mistral4_train::dashboard::Dashboard;
 use mistral4_train::recipe::{Recipe, parse_overrides};
 use mistral4_train::trainer::{self, Event, Run};
 
@@ -28,6 +29,9 @@ pub struct TrainArguments {
     /// Show what each key of the recipe does here, and stop
     #[arg(long)]
     pub dry_run: bool,
+    /// Serve a live page of the run to this machine, on port 6480 or the one given
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "6480")]
+    pub dashboard: Option<u16>,
     /// Recipe in NeMo AutoModel's section names
     #[arg(value_name = "RECIPE.yaml")]
     pub recipe: PathBuf,
@@ -47,22 +51,27 @@ pub fn run(arguments: &TrainArguments) -> Result<()> {
         return Ok(recipe.check_runnable()?);
     }
     let device = arguments.compute.device.open()?;
-    let interrupted = on_interrupt()?;
+    let interrupted = on_interrupt("finishing this step and saving; once more to leave at once")?;
+    let folder = &recipe.checkpoint.checkpoint_dir;
+    let dashboard = arguments.dashboard.map(|port| Dashboard::start(folder, port)).transpose()?;
+    if let Some(dashboard) = &dashboard {
+        eprintln!("live page: {}", dashboard.url());
+    }
     let mut watcher = Watcher::new(1);
     let run = trainer::run(&recipe, &device, &interrupted, &mut |event| watcher.see(event))?;
     drop(watcher);
     summarise(&run)
 }
 
-/// A flag that Ctrl-C and the termination signal set; a second one ends the process.
-pub(super) fn on_interrupt() -> Result<Arc<AtomicBool>> {
+/// A flag that Ctrl-C and the termination signal set, saying `what` follows; a second one ends the process.
+pub(super) fn on_interrupt(what: &'static str) -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = Arc::clone(&flag);
     ctrlc::set_handler(move || {
         if set.swap(true, Ordering::Relaxed) {
             std::process::exit(1);
         }
-        eprintln!("\nfinishing this step and saving; once more to leave at once");
+        eprintln!("\n{what}");
     })
     .map_err(|error| {
         Error::failed(format!("cannot watch for Ctrl-C: {error}"), "this is a defect; please report it")

@@ -14,7 +14,7 @@ pub use experts::{moe_experts, moe_experts_backward};
 pub use gemm::gemm;
 pub use loss::linear_cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
-pub use optimizer::adamw_step;
+pub use optimizer::{adamw_step, dequantize, dynamic_map, quantize};
 pub use quantized::{
     dequantized, quantized_experts, quantized_experts_backward, quantized_linear,
     quantized_linear_backward_input,

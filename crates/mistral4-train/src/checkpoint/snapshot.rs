@@ -4,7 +4,8 @@
 //! epoch_E_step_S/
 //!   config.yaml  losses.json  step_scheduler.json  trainer.json
 //!   model/consolidated/                  a Hugging Face folder
-//!   optim/exp_avg.safetensors  exp_avg_sq.safetensors  master.safetensors  optimizer.json
+//!   optim/optimizer.json, and a safetensors file for every kind of state that the optimizer keeps: exp_avg,
+//!     exp_avg_sq, master, momentum_buffer, and the largest magnitudes exp_avg_absmax, exp_avg_sq_absmax of 8-bit ones
 //!   dataloader/dataloader_dp_rank_0.json
 //!   rng/rng_global_rank_0.json
 //! ```
@@ -22,10 +23,11 @@ use serde::{Deserialize, Serialize};
 use super::disk::{Disk, Operation};
 use super::tensors;
 use crate::data::LoaderState;
+use crate::early_stop::EarlyStopState;
 use crate::error::{Error, Result};
 use crate::guard::GuardState;
 use crate::metrics::number_or_null;
-use crate::optim::{OptimizerState, ParameterState};
+use crate::optim::{OptimizerState, ParameterState, StateTensor};
 use crate::schedule::StepState;
 
 const FORMAT_VERSION: u32 = 1;
@@ -36,9 +38,6 @@ const OPTIMIZER: &str = "optim/optimizer.json";
 const DATALOADER: &str = "dataloader/dataloader_dp_rank_0.json";
 const RNG: &str = "rng/rng_global_rank_0.json";
 const MODEL: &str = "model/consolidated";
-const EXP_AVG: &str = "optim/exp_avg.safetensors";
-const EXP_AVG_SQ: &str = "optim/exp_avg_sq.safetensors";
-const MASTER: &str = "optim/master.safetensors";
 
 /// How the model's folder is written.
 #[derive(Debug, Clone)]
@@ -67,6 +66,8 @@ pub(crate) struct Snapshot {
     pub(crate) seed: u64,
     /// What is remembered about earlier losses.
     pub(crate) guard: GuardState,
+    /// What is remembered about held-out losses.
+    pub(crate) early_stop: EarlyStopState,
     /// Losses of the last step.
     pub(crate) losses: Losses,
     /// The recipe.
@@ -91,6 +92,8 @@ struct TrainerFile {
     dtype: String,
     softmax_scale: String,
     guard: GuardState,
+    #[serde(default)]
+    early_stop: EarlyStopState,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -147,6 +150,7 @@ impl Snapshot {
             dtype: self.model.dtype.torch_name().to_owned(),
             softmax_scale: self.model.config.config.softmax_scale.policy.name().to_owned(),
             guard: self.guard.clone(),
+            early_stop: self.early_stop,
         };
         disk.write(&folder.join(TRAINER), &pretty(&trainer))?;
         disk.write(&folder.join(DATALOADER), &pretty(&self.loader))?;
@@ -181,15 +185,18 @@ impl Snapshot {
     fn write_optimizer(&self, disk: &Disk, folder: &Path) -> Result<()> {
         let shapes: HashMap<&str, &[usize]> =
             self.parameters.iter().map(|parameter| (parameter.key.as_str(), &*parameter.shape)).collect();
-        let states = || self.optimizer.parameters.iter();
-        let shape = |key: &String| shapes[key.as_str()];
-        let exp_avg: Vec<_> = states().map(|(key, s)| (key.as_str(), shape(key), &s.exp_avg)).collect();
-        let exp_avg_sq: Vec<_> = states().map(|(key, s)| (key.as_str(), shape(key), &s.exp_avg_sq)).collect();
-        let master: Vec<_> =
-            states().filter_map(|(key, s)| Some((key.as_str(), shape(key), s.master.as_ref()?))).collect();
-        tensors::write(disk, &folder.join(EXP_AVG), &exp_avg)?;
-        tensors::write(disk, &folder.join(EXP_AVG_SQ), &exp_avg_sq)?;
-        tensors::write(disk, &folder.join(MASTER), &master)?;
+        let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
+        for (key, state) in &self.optimizer.parameters {
+            for (name, values) in state.tensors() {
+                let shape = shapes[key.as_str()];
+                let is_whole = shape.iter().product::<usize>() == values.len();
+                let shape = if is_whole { shape.to_vec() } else { vec![values.len()] };
+                files.entry(name).or_default().push(tensors::Named { key, shape, values });
+            }
+        }
+        for (name, states) in &files {
+            tensors::write(disk, &state_file(folder, name), states)?;
+        }
         disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer.step }))
     }
 }
@@ -204,6 +211,8 @@ pub(crate) struct Saved {
     pub(crate) loader: LoaderState,
     /// What is remembered about earlier losses.
     pub(crate) guard: GuardState,
+    /// What is remembered about held-out losses.
+    pub(crate) early_stop: EarlyStopState,
     seed: u64,
     dtype: String,
     softmax_scale: String,
@@ -229,6 +238,7 @@ impl Saved {
             state: Snapshot::read_state(folder)?,
             loader: json(&folder.join(DATALOADER))?,
             guard: trainer.guard,
+            early_stop: trainer.early_stop,
             seed: json::<RngFile>(&folder.join(RNG))?.seed,
             dtype: trainer.dtype,
             softmax_scale: trainer.softmax_scale,
@@ -268,21 +278,30 @@ impl Saved {
     /// Files that are missing or damaged.
     pub(crate) fn optimizer(&self, device: &Device) -> Result<OptimizerState> {
         let OptimizerFile { step } = json(&self.folder.join(OPTIMIZER))?;
-        let exp_avg = tensors::read(&self.folder.join(EXP_AVG), device)?;
-        let path = self.folder.join(EXP_AVG_SQ);
-        let mut exp_avg_sq = tensors::read(&path, device)?;
-        let mut master = tensors::read(&self.folder.join(MASTER), device)?;
+        let mut found: BTreeMap<String, BTreeMap<&'static str, StateTensor>> = BTreeMap::new();
+        for name in ParameterState::NAMES {
+            let path = state_file(&self.folder, name);
+            if path.is_file() {
+                for (key, values) in tensors::read(&path, device)? {
+                    found.entry(key).or_default().insert(name, values);
+                }
+            }
+        }
         let mut parameters = BTreeMap::new();
-        for (key, exp_avg) in exp_avg {
-            let exp_avg_sq = exp_avg_sq.remove(&key).ok_or_else(|| Error::Damaged {
-                path: path.clone(),
-                message: format!("`{key}` is missing"),
+        for (key, tensors) in found {
+            let names = tensors.keys().copied().collect::<Vec<_>>().join(", ");
+            let state = ParameterState::from_tensors(tensors).ok_or_else(|| Error::Damaged {
+                path: self.folder.join("optim"),
+                message: format!("the states of `{key}` do not belong together; there are {names}"),
             })?;
-            let master = master.remove(&key);
-            parameters.insert(key, ParameterState { exp_avg, exp_avg_sq, master });
+            parameters.insert(key, state);
         }
         Ok(OptimizerState { step, parameters })
     }
+}
+
+fn state_file(folder: &Path, name: &str) -> PathBuf {
+    folder.join("optim").join(format!("{name}.safetensors"))
 }
 
 fn pretty(value: &impl Serialize) -> Vec<u8> {

@@ -1,15 +1,16 @@
-//! Flat f32 tensors in a safetensors file, one in memory at a time.
+//! An optimizer's states in a safetensors file, one in memory at a time.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::disk::Disk;
 use crate::error::{Error, Result};
+use crate::optim::StateTensor;
 
 /// What a header says of one tensor.
 #[derive(Serialize, Deserialize)]
@@ -19,20 +20,34 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
-/// A tensor to write: key, shape, flat values.
-pub(super) type Named<'a> = (&'a str, &'a [usize], &'a Tensor<1>);
+/// A tensor to write.
+pub(super) struct Named<'a> {
+    /// Its key.
+    pub(super) key: &'a str,
+    /// Its shape in the file.
+    pub(super) shape: Vec<usize>,
+    /// Its values, flat.
+    pub(super) values: StateTensor,
+}
+
+/// The dtypes of states: names in the file, bytes of a value.
+const DTYPES: [(&str, DType, u64); 3] =
+    [("F32", DType::F32, 4), ("BF16", DType::BF16, 2), ("U8", DType::U8, 1)];
 
 const _: () =
     assert!(cfg!(target_endian = "little"), "safetensors are little-endian, and so are the tensors here");
 
-/// Writes f32 tensors.
+/// Writes f32, bf16 and u8 tensors.
 pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<()> {
     let mut entries = serde_json::Map::new();
     let mut end = 0;
-    for (key, shape, _) in tensors {
+    for Named { key, shape, values } in tensors {
+        let dtype = values.dtype();
+        let &(name, _, size) =
+            DTYPES.iter().find(|entry| entry.1 == dtype).expect("states are f32, bf16 or u8");
         let start = end;
-        end += 4 * shape.iter().product::<usize>() as u64;
-        let entry = Entry { dtype: "F32".to_owned(), shape: shape.to_vec(), data_offsets: [start, end] };
+        end += size * shape.iter().product::<usize>() as u64;
+        let entry = Entry { dtype: name.to_owned(), shape: shape.clone(), data_offsets: [start, end] };
         entries.insert((*key).to_owned(), serde_json::to_value(entry).expect("an entry is plain JSON"));
     }
     let mut header = serde_json::Value::Object(entries).to_string().into_bytes();
@@ -40,10 +55,8 @@ pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<(
     let mut file = disk.create(path)?;
     let length = (header.len() as u64).to_le_bytes();
     file.write(&[&length[..], &header].concat())?;
-    for (_, _, values) in tensors {
-        let data = values.to_data();
-        assert_eq!(data.dtype(), DType::F32, "states of the optimizer are f32");
-        file.write(data.as_bytes())?;
+    for Named { values, .. } in tensors {
+        file.write(values.to_data().as_bytes())?;
     }
     file.finish()
 }
@@ -52,7 +65,7 @@ pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<(
 ///
 /// # Errors
 /// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
-pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor<1>>> {
+pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, StateTensor>> {
     let unreadable = |source| Error::Read { path: path.to_owned(), source };
     let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
     let mut file = File::open(path).map_err(unreadable)?;
@@ -73,35 +86,49 @@ pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tens
     let data = 8 + length;
     let mut tensors = BTreeMap::new();
     for (key, Entry { dtype, shape, data_offsets: [start, end] }) in header {
+        let known = DTYPES.iter().find(|entry| entry.0 == dtype);
         let count = shape.iter().try_fold(1u64, |count, &size| count.checked_mul(size as u64));
-        let bytes = count.and_then(|count| count.checked_mul(4));
-        if dtype != "F32" || end.checked_sub(start) != bytes || end > size - data {
+        let bytes = count.and_then(|count| count.checked_mul(known?.2));
+        let (Some(&(_, dtype, _)), Some(count), true) =
+            (known, count, end.checked_sub(start) == bytes && end <= size - data)
+        else {
             return Err(damaged(format!(
                 "`{key}` ({dtype}, {shape:?}, bytes {start} to {end}) does not fit a file with {} bytes of data",
                 size - data
             )));
-        }
+        };
         let mut bytes = vec![0; (end - start) as usize];
         file.seek(SeekFrom::Start(data + start)).map_err(unreadable)?;
         file.read_exact(&mut bytes).map_err(unreadable)?;
-        let values: Vec<f32> =
-            bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        let count = values.len();
-        tensors.insert(key, Tensor::from_data(TensorData::new(values, [count]), (device, DType::F32)));
+        let values = TensorData::from_bytes_vec(bytes, Shape::from([count as usize]), dtype);
+        let values = match dtype {
+            DType::U8 => StateTensor::Codes(Tensor::from_data(values, (device, dtype))),
+            _ => StateTensor::Float(Tensor::from_data(values, (device, dtype))),
+        };
+        tensors.insert(key, values);
     }
     Ok(tensors)
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn written(path: &Path) -> Vec<f32> {
         let values = vec![1.5, -0.0, f32::MIN_POSITIVE / 2.0, 3.0, 4.0, 5.0];
         let tensor = Tensor::from_data(TensorData::new(values.clone(), [6]), (&Device::flex(), DType::F32));
-        let disk = Disk::default();
-        write(&disk, path, &[("a.weight", &[2, 3], &tensor), ("b", &[0], &tensor.clone().slice(0..0))])
-            .unwrap();
+        let codes =
+            Tensor::from_data(TensorData::new(vec![0u8, 127, 255], [3]), (&Device::flex(), DType::U8));
+        let named = |key, shape: &[usize], values| Named { key, shape: shape.to_vec(), values };
+        let tensors = [
+            named("a.weight", &[2, 3], StateTensor::Float(tensor.clone())),
+            named("b", &[0], StateTensor::Float(tensor.clone().slice(0..0))),
+            named("c", &[3], StateTensor::Codes(codes)),
+            named("d", &[6], StateTensor::Float(tensor.cast(DType::BF16))),
+        ];
+        write(&Disk::default(), path, &tensors).unwrap();
         values
     }
 
@@ -114,7 +141,10 @@ mod tests {
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let data = back["a.weight"].to_data();
         assert_eq!(bits(data.as_slice::<f32>().unwrap()), bits(&values));
-        assert_eq!(back["b"].dims(), [0]);
+        assert!(back["b"].is_empty());
+        assert_eq!(back["c"].to_data().as_slice::<u8>().unwrap(), [0, 127, 255]);
+        assert_eq!(back["d"].dtype(), DType::BF16);
+        assert_eq!(back["d"].to_data().as_slice::<bf16>().unwrap()[..2], [1.5, -0.0].map(bf16::from_f32));
         let bytes = std::fs::read(&path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(theirs.tensor("a.weight").unwrap().shape(), [2, 3]);

@@ -66,6 +66,20 @@ impl Batch {
         out
     }
 
+    /// Pairs of a token and one that it sees, itself included.
+    pub(crate) fn attended_pairs(&self) -> usize {
+        let pairs = |length: usize| length * (length + 1) / 2;
+        match (&self.layout, &self.attention_mask) {
+            (BatchLayout::Packed { cu_seqlens }, _) => {
+                cu_seqlens.windows(2).map(|ends| pairs(ends[1] - ends[0])).sum()
+            }
+            (&BatchLayout::Rows { batch, sequence }, None) => batch * pairs(sequence),
+            (&BatchLayout::Rows { sequence, .. }, Some(mask)) => {
+                mask.chunks(sequence.max(1)).map(|row| pairs(row.iter().filter(|&&real| real).count())).sum()
+            }
+        }
+    }
+
     /// Lays samples end to end.
     pub fn packed(samples: Vec<Sample>, rows: Vec<usize>) -> Self {
         assert!(!samples.is_empty(), "a batch has at least one sample");

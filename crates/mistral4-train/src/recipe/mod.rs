@@ -10,10 +10,12 @@ mod checkpoint;
 mod dataset;
 mod environment;
 mod model;
+mod optimizer;
 mod overrides;
 mod reader;
 mod report;
 mod training;
+mod watching;
 mod yaml;
 
 use std::cell::RefCell;
@@ -28,12 +30,15 @@ pub use dataset::{
 pub use model::{
     DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PeftConfig, SoftmaxScaleOverride, TorchDtype,
 };
+pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype};
 pub use overrides::{Override, parse_overrides};
 pub use report::{Effect, RecipeReport, ReportEntry};
 pub use training::{
-    LrDecayStyle, LrSchedulerConfig, OnLossSpike, OnNonFinite, OptimizerConfig, OptimizerKind, RngConfig,
-    StepSchedulerConfig, WdIncrStyle, WsdDecayStyle,
+    LrDecayStyle, LrSchedulerConfig, OnLossSpike, OnNonFinite, RngConfig, StepSchedulerConfig, WdIncrStyle,
+    WsdDecayStyle,
 };
+
+pub use watching::{EarlyStoppingConfig, TensorBoardConfig};
 
 use crate::error::{Error, Result};
 use reader::{Reading, Section};
@@ -89,8 +94,18 @@ pub struct Recipe {
     pub packed_sequence: Option<PackedSequenceConfig>,
     /// Update rule.
     pub optimizer: OptimizerConfig,
+    /// Whether each layer's parameters move as soon as its gradient is final.
+    pub optimizer_in_bwd: bool,
     /// Schedule of the learning rate; `None`: it stays at `optimizer.lr`.
     pub lr_scheduler: Option<LrSchedulerConfig>,
+    /// When the run ends before its last step; `None`: never.
+    pub early_stopping: Option<EarlyStoppingConfig>,
+    /// TensorBoard event files; `None`: none are written.
+    pub tensorboard: Option<TensorBoardConfig>,
+    /// Peak of the device in 10^12 floating-point operations a second; `None`: that of the CPU is measured.
+    pub peak_tflops: Option<f64>,
+    /// Steps between two records of every expert's load.
+    pub expert_load_every_steps: usize,
     /// Adapters.
     pub peft: Option<PeftConfig>,
     /// What each key does here.
@@ -169,6 +184,7 @@ impl Recipe {
                 ),
             });
         }
+        self.check_optimizer_in_bwd()?;
         let key = &self.checkpoint.best_metric_key;
         if self.validation.len() > 1 && key != "default" && self.validation.iter().all(|set| set.name != *key)
         {
@@ -178,6 +194,22 @@ impl Recipe {
                 value: key.clone(),
                 message: format!("no held-out set has this name; there are {}", names.join(", ")),
             });
+        }
+        if let Some(early_stopping) = &self.early_stopping {
+            let names: Vec<&str> = self.validation.iter().map(|set| set.name.as_str()).collect();
+            let monitor = early_stopping.monitor.as_deref().unwrap_or(key);
+            if names.is_empty()
+                || (!names.contains(&monitor) && (names.len() > 1 || early_stopping.monitor.is_some()))
+            {
+                return Err(Error::Inconsistent {
+                    key: "early_stopping.monitor".to_owned(),
+                    value: monitor.to_owned(),
+                    message: match names.is_empty() {
+                        true => "there is no validation_dataset to watch".to_owned(),
+                        false => format!("no held-out set has this name; there are {}", names.join(", ")),
+                    },
+                });
+            }
         }
         for set in &self.validation {
             if ![&TokenizerSource::Model, &self.dataset.tokenizer].contains(&&set.dataset.tokenizer) {
@@ -200,6 +232,37 @@ impl Recipe {
     }
 }
 
+impl Recipe {
+    /// Parameters that move before the whole gradient is known leave no room for what needs to know it.
+    fn check_optimizer_in_bwd(&self) -> Result<()> {
+        let scheduler = &self.step_scheduler;
+        let needs = [
+            (
+                self.max_grad_norm.is_none(),
+                "no clip_grad_norm, which needs the norm of the whole gradient first",
+            ),
+            (
+                self.grad_acc_steps() == 1,
+                "one micro-batch a step: local_batch_size as large as global_batch_size",
+            ),
+            (self.distributed.activation_checkpointing, "distributed.activation_checkpointing: true"),
+            (
+                scheduler.on_non_finite == OnNonFinite::Stop && scheduler.on_loss_spike != OnLossSpike::Skip,
+                "on_non_finite: stop and no on_loss_spike: skip, since a step that has begun cannot be skipped",
+            ),
+        ];
+        let unmet = needs.iter().filter(|(met, _)| self.optimizer_in_bwd && !met).map(|need| need.1);
+        match unmet.collect::<Vec<_>>() {
+            unmet if unmet.is_empty() => Ok(()),
+            unmet => Err(Error::Inconsistent {
+                key: "optimizer_in_bwd".to_owned(),
+                value: "true".to_owned(),
+                message: format!("needs {}", unmet.join("; ")),
+            }),
+        }
+    }
+}
+
 fn read(mut root: Section<'_>) -> Result<Recipe> {
     let kind = read_kind(&mut root)?;
     let step_scheduler = StepSchedulerConfig::read(&mut root)?;
@@ -209,6 +272,12 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let peft = PeftConfig::read(&mut root)?;
     training::read_loss(&mut root)?;
     let optimizer = OptimizerConfig::read(&mut root)?;
+    let optimizer_in_bwd = root
+        .bool(
+            "optimizer_in_bwd",
+            "moves each layer's parameters as soon as its gradient is final (torchtune's key)",
+        )?
+        .unwrap_or(false);
     let lr_scheduler = LrSchedulerConfig::read(&mut root)?;
     let max_grad_norm = training::read_clip(&mut root)?;
     let Some(dataset) = DatasetSection::read(&mut root, "dataset")? else {
@@ -227,6 +296,11 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let validation_dataloader = DataloaderConfig::read(&mut root, "validation_dataloader", false)?;
     let checkpoint = CheckpointConfig::read(&mut root)?;
     let distributed = DistributedConfig::read(&mut root)?;
+    let early_stopping = EarlyStoppingConfig::read(&mut root)?;
+    let tensorboard = TensorBoardConfig::read(&mut root)?;
+    let peak_tflops = watching::read_mfu(&mut root)?;
+    let expert_load_every_steps = watching::read_moe_metrics(&mut root)?;
+    watching::read_remote_loggers(&mut root);
     read_others(&mut root)?;
     root.finish()?;
     Ok(Recipe {
@@ -244,7 +318,12 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
         validation_dataloader,
         packed_sequence,
         optimizer,
+        optimizer_in_bwd,
         lr_scheduler,
+        early_stopping,
+        tensorboard,
+        peak_tflops,
+        expert_load_every_steps,
         peft,
         report: RecipeReport::default(),
         text: String::new(),
@@ -275,13 +354,8 @@ fn read_kind(root: &mut Section<'_>) -> Result<RecipeKind> {
 fn read_others(root: &mut Section<'_>) -> Result<()> {
     root.no_effect("dist_env", "there is one rank");
     root.no_effect("compile", "the program is compiled already");
-    root.none_of_effect(
-        &["wandb", "mlflow", "comet"],
-        "metrics are written to files; nothing is sent anywhere",
-    );
     root.no_effect("ci", "read by NeMo AutoModel's own test farm only");
-    root.none_of_effect(&["nvtx", "prewarm", "profiling", "mfu"], "for profiling on NVIDIA GPUs");
-    root.no_effect("moe_metrics", "the load of the experts is always measured");
+    root.none_of_effect(&["nvtx", "prewarm", "profiling"], "for profiling on NVIDIA GPUs");
     root.no_effect("sdpa_method", "there is one attention");
     root.no_effect("benchmark", "`mistral4 bench` measures; a recipe trains");
     root.no_effect("processor", "the checkpoint's own image processor is used");

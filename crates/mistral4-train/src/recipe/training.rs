@@ -1,4 +1,4 @@
-//! `step_scheduler`, `rng`, `loss_fn`, `clip_grad_norm`, `optimizer`, `lr_scheduler`.
+//! `step_scheduler`, `rng`, `loss_fn`, `clip_grad_norm`, `lr_scheduler`.
 
 use super::reader::Section;
 use crate::error::Result;
@@ -163,67 +163,6 @@ pub(crate) fn read_clip(root: &mut Section<'_>) -> Result<Option<f64>> {
     s.none_of_effect(&["foreach"], "one implementation");
     s.finish()?;
     Ok(max_norm)
-}
-
-/// Which rule turns gradients into updates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OptimizerKind {
-    /// Weight decay is added to the gradient.
-    Adam,
-    /// Weight decay shrinks the weight itself.
-    AdamW,
-}
-
-/// `optimizer`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct OptimizerConfig {
-    /// Adam or AdamW.
-    pub kind: OptimizerKind,
-    /// Learning rate; the peak when there is a schedule.
-    pub lr: f64,
-    /// Decay of the first and second moment.
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Weight decay.
-    pub weight_decay: f64,
-}
-
-impl OptimizerConfig {
-    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
-        use OptimizerKind::{Adam, AdamW};
-        const NAMES: [(&str, OptimizerKind); 6] = [
-            ("torch.optim.AdamW", AdamW),
-            ("torch.optim.adamw.AdamW", AdamW),
-            ("AdamW", AdamW),
-            ("adamw", AdamW),
-            ("torch.optim.Adam", Adam),
-            ("Adam", Adam),
-        ];
-        let mut s = root.section("optimizer")?;
-        let kind = s.name("_target_", "the update rule, with f32 states", &NAMES)?.unwrap_or(AdamW);
-        let config = Self {
-            kind,
-            lr: s.non_negative("lr", "learning rate; the peak where there is a schedule")?.unwrap_or(1e-3),
-            betas: s.pair("betas", "decay of the two moments")?.unwrap_or([0.9, 0.999]),
-            eps: s.non_negative("eps", "added to the root of the second moment")?.unwrap_or(1e-8),
-            weight_decay: s.non_negative("weight_decay", "weight decay")?.unwrap_or(match kind {
-                Adam => 0.0,
-                AdamW => 0.01,
-            }),
-        };
-        s.none_of_effect(
-            &["foreach", "fused", "capturable", "differentiable", "set_grad_none"],
-            "one implementation of the update",
-        );
-        s.unsupported("amsgrad", "AMSGrad is not implemented");
-        s.unsupported("maximize", "the loss is minimised");
-        s.unsupported_unless("decoupled_weight_decay", "choose torch.optim.AdamW instead", |node| {
-            node.to_string() == if kind == AdamW { "true" } else { "false" }
-        });
-        s.finish()?;
-        Ok(config)
-    }
 }
 
 /// Shape of the learning rate after the warm-up.

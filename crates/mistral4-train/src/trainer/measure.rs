@@ -5,38 +5,11 @@ use mistral4::model::Mistral4;
 use mistral4::weights::NamedTensor;
 
 use super::HeldOut;
-use crate::backward::{LabelledInputs, MicroBatchLoss, evaluate};
+use crate::backward::{LabelledInputs, evaluate};
 use crate::data::LoaderState;
 use crate::error::Result;
 use crate::metrics::{StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
 use crate::schedule::StepState;
-
-/// How evenly the experts were used: over layers, the mean entropy of their load (1: even) and the worst ratio of the
-/// fullest expert to the mean.
-pub(super) fn load_metrics(measured: &MicroBatchLoss) -> serde_json::Map<String, serde_json::Value> {
-    let mut more = serde_json::Map::new();
-    let layers: Vec<&Vec<u64>> =
-        measured.loads.iter().map(|(_, load)| load).filter(|load| load.iter().sum::<u64>() > 0).collect();
-    if layers.is_empty() {
-        return more;
-    }
-    let entropy = |load: &&Vec<u64>| {
-        let total = load.iter().sum::<u64>() as f64;
-        let shares = load.iter().filter(|&&l| l > 0).map(|&l| l as f64 / total);
-        -shares.map(|p| p * p.ln()).sum::<f64>() / (load.len().max(2) as f64).ln()
-    };
-    let fullest = |load: &&Vec<u64>| {
-        let mean = load.iter().sum::<u64>() as f64 / load.len() as f64;
-        load.iter().copied().max().unwrap_or(0) as f64 / mean
-    };
-    let mean_entropy = layers.iter().map(entropy).sum::<f64>() / layers.len() as f64;
-    more.insert("expert_load_entropy".into(), mean_entropy.into());
-    more.insert("expert_load_max_over_mean".into(), layers.iter().map(fullest).fold(0.0, f64::max).into());
-    if measured.aux_loss > 0.0 {
-        more.insert("aux_loss".into(), measured.aux_loss.into());
-    }
-    more
-}
 
 /// The token-mean loss over a held-out set, taken in the same order every time.
 pub(super) fn validate(

@@ -3,16 +3,20 @@
 use std::collections::HashMap;
 
 use burn::tensor::{DType, Device};
+use mistral4::ops;
 use mistral4::weights::NamedTensor;
 
+use super::measure::count;
+use super::record::{Recorder, Utilization};
 use super::{Event, HeldOut, Training};
 use crate::checkpoint::{Checkpoints, Disk, Saved, Saver};
 use crate::data::{self, Loader, LoaderOptions};
+use crate::early_stop::{EarlyStop, EarlyStopState};
 use crate::error::{Error, Result};
 use crate::guard::{Guard, GuardState};
-use crate::metrics::{self, MetricsFile};
-use crate::optim::{Optimizer, OptimizerState};
-use crate::recipe::Recipe;
+use crate::metrics::{self, MetricsFile, RunState, RunStatus};
+use crate::optim::{Optimizer, OptimizerState, ParameterState};
+use crate::recipe::{OptimizerConfig, Recipe};
 use crate::schedule::{LrSchedule, StepScheduler};
 use crate::setup::Setup;
 
@@ -39,6 +43,7 @@ impl Training {
         let mut scheduler = StepScheduler::new(&recipe.step_scheduler, loader.batches_per_epoch(), 1)?;
         let total_steps = scheduler.total_steps();
         let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
+        Optimizer::check_device(&recipe.optimizer, device)?;
         let mut state = OptimizerState::default();
         if let Some(saved) = &saved {
             loader.resume(saved.loader).map_err(|error| match error {
@@ -47,7 +52,7 @@ impl Training {
             })?;
             scheduler.resume(saved.state);
             state = saved.optimizer(device)?;
-            check_states(saved, &state, &setup.model.parameters())?;
+            check_states(saved, &state, &setup.model.parameters(), &recipe.optimizer)?;
             observe(Event::Note(format!(
                 "continuing from {} at step {}",
                 saved.folder.display(),
@@ -63,18 +68,19 @@ impl Training {
 
         let first_step = scheduler.state().step;
         let mut held_out = Vec::new();
-        let mut validations = Vec::new();
-        for (index, set) in recipe.validation.iter().enumerate() {
+        for set in &recipe.validation {
             let dataset = data::open(&set.dataset, &context)?;
             let options = LoaderOptions::validation(recipe, &set.dataset, pad_id);
             let file =
                 if set.name == "default" { "validation".into() } else { format!("validation_{}", set.name) };
             let path = folder.join(format!("{file}.jsonl"));
             let file = MetricsFile::open(&path, first_step)?;
-            if index == 0 {
-                validations = metrics::read(&path)?;
-            }
-            held_out.push(HeldOut { name: set.name.clone(), loader: Loader::new(dataset, options)?, file });
+            held_out.push(HeldOut {
+                name: set.name.clone(),
+                loader: Loader::new(dataset, options)?,
+                file,
+                validations: metrics::read(&path)?,
+            });
         }
         if held_out.len() > 1 && held_out.iter().all(|set| set.name != config.best_metric_key) {
             observe(Event::Note(
@@ -82,8 +88,18 @@ impl Training {
                     .to_owned(),
             ));
         }
-        let path = folder.join("training.jsonl");
-        let log = MetricsFile::open(&path, first_step)?;
+        let (trained_parameters, parameters) = count(&setup.model);
+        let status = RunStatus {
+            state: RunState::Running,
+            total_steps,
+            parameters,
+            trained_parameters,
+            message: None,
+        };
+        let recorder = Recorder::open(recipe, first_step, status)?;
+        let (text, is_cpu) = (&setup.config.config.text, ops::is_fused(device));
+        let utilization = Utilization::new(recipe, &setup.model, text, setup.dtype, is_cpu);
+        let early_stop = saved.as_ref().map_or_else(EarlyStopState::default, |saved| saved.early_stop);
         let guard = saved.as_ref().map_or_else(GuardState::default, |saved| saved.guard.clone());
         Ok(Self {
             setup,
@@ -93,25 +109,39 @@ impl Training {
             scheduler,
             schedule,
             guard: Guard::new(&recipe.step_scheduler, guard),
-            log,
+            early_stop: EarlyStop::new(recipe.early_stopping.clone(), &config.best_metric_key, early_stop),
+            recorder,
+            utilization,
             saver: Saver::new(checkpoints, config.is_async),
-            steps: metrics::read(&path)?,
-            validations,
+            steps: metrics::read(&folder.join("training.jsonl"))?,
             checkpoint: begin,
         })
     }
 }
 
-/// Refuses states of other parameters.
-fn check_states(saved: &Saved, state: &OptimizerState, parameters: &[NamedTensor]) -> Result<()> {
+/// Refuses states of other parameters or of another optimizer.
+fn check_states(
+    saved: &Saved,
+    state: &OptimizerState,
+    parameters: &[NamedTensor],
+    config: &OptimizerConfig,
+) -> Result<()> {
     let parameters: HashMap<&str, &NamedTensor> = parameters.iter().map(|p| (p.key.as_str(), p)).collect();
     for (key, state) in &state.parameters {
-        let [is] = parameters.get(key.as_str()).map_or([0], |parameter| parameter.values.dims());
-        let lengths = [Some(&state.exp_avg), Some(&state.exp_avg_sq), state.master.as_ref()];
-        if let Some(was) = lengths.into_iter().flatten().map(|values| values.dims()[0]).find(|&was| was != is)
-        {
+        let parameter = parameters.get(key.as_str());
+        let is = parameter.map_or(0, |parameter| parameter.shape.iter().product());
+        if let Some(was) = state.lengths().find(|&was| was != is) {
             let key = format!("the number of values of `{key}`");
             return Err(saved.incompatible(&key, was.to_string(), is.to_string()));
+        }
+        let (was, is) =
+            (state.kind(), ParameterState::expected_kind(config, key, &parameters[key.as_str()].shape));
+        if was != is {
+            return Err(saved.incompatible(
+                &format!("what the optimizer remembers of `{key}`"),
+                was.into(),
+                is.into(),
+            ));
         }
         let needs_master = parameters[key.as_str()].values.dtype() != DType::F32;
         if needs_master != state.master.is_some() {

@@ -82,16 +82,13 @@ struct Replace<F> {
     replace: F,
 }
 
-impl<F: FnMut(&str, Tensor<1>) -> Option<Tensor<1>>> ModuleMapper for Replace<F> {
+impl<F: FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>> ModuleMapper for Replace<F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let key = self.path.key();
         let replace = &mut self.replace;
         param.map(|tensor| {
             let shape = tensor.dims();
-            match replace(&key, tensor.clone().flatten(0, D - 1)) {
-                Some(values) => values.reshape(shape),
-                None => tensor,
-            }
+            replace(&key, &shape, tensor.flatten(0, D - 1)).reshape(shape)
         })
     }
 
@@ -104,8 +101,13 @@ impl<F: FnMut(&str, Tensor<1>) -> Option<Tensor<1>>> ModuleMapper for Replace<F>
     }
 }
 
-/// Replaces the values of parameters: `replace` gets a key and flat values and returns new ones, or `None` to keep.
-pub fn map_parameters<M: Module>(module: M, replace: impl FnMut(&str, Tensor<1>) -> Option<Tensor<1>>) -> M {
+/// Replaces the values of parameters: `replace` gets a key, a shape and flat values, and returns the values to keep.
+///
+/// The values are handed over: unless another clone of the module lives, `replace` may change them where they lie.
+pub fn map_parameters<M: Module>(
+    module: M,
+    replace: impl FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>,
+) -> M {
     module.map(&mut Replace { path: Path::default(), replace })
 }
 
@@ -184,7 +186,7 @@ impl Mistral4 {
     }
 
     /// Replaces the values of parameters; see [`map_parameters`].
-    pub fn map_parameters(self, replace: impl FnMut(&str, Tensor<1>) -> Option<Tensor<1>>) -> Self {
+    pub fn map_parameters(self, replace: impl FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>) -> Self {
         match self {
             Mistral4::Text(model) => Mistral4::Text(Box::new(map_parameters(*model, replace))),
             Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(map_parameters(*model, replace))),

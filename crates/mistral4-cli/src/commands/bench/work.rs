@@ -10,7 +10,7 @@ use mistral4_checkpoint::weights::names::{self, TensorKind};
 use mistral4_checkpoint::weights::{WeightFormat, WeightQuantization};
 use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
 use mistral4_train::optim::{Optimizer, StepFactors};
-use mistral4_train::recipe::{OptimizerConfig, OptimizerKind};
+use mistral4_train::recipe::OptimizerConfig;
 
 use super::{BenchArguments, Mode};
 use crate::error::Result;
@@ -125,13 +125,7 @@ impl Work {
 
     /// Something that does the work with a model.
     pub(super) fn runner(&self, model: Mistral4, device: Device) -> Runner<'_> {
-        let config = OptimizerConfig {
-            kind: OptimizerKind::AdamW,
-            lr: 1e-4,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            weight_decay: 0.01,
-        };
+        let config = OptimizerConfig { lr: 1e-4, betas: [0.9, 0.95], ..OptimizerConfig::default() };
         let optimizer = Optimizer::new(config);
         Runner { work: self, model: Some(model), device, optimizer, cache: LatentCache::new() }
     }

@@ -1,0 +1,224 @@
+//! Numbers in 8 bits by blocks: a code stands for a fraction of its block's largest magnitude.
+//!
+//! The 256 fractions are 0, 1 and, in each of seven decades from 1e-6 to 1, twice as many evenly spaced ones as in the
+//! decade below. Source: Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", and
+//! `create_dynamic_map` of bitsandbytes.
+
+use crate::parallel::Shared;
+use crate::vector::mul_add;
+
+/// Elements that share a largest magnitude.
+pub const BLOCK_8BIT: usize = 256;
+
+const DECADES: usize = 7;
+
+/// Which fractions the codes stand for, in rising order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DynamicMap {
+    /// 127 negative fractions, 0, and 128 positive ones.
+    Signed,
+    /// 0 and 255 positive fractions.
+    Unsigned,
+}
+
+/// Numbers in 8 bits.
+#[derive(Debug)]
+pub struct Quantized8bit<'a> {
+    /// One code a number.
+    pub codes: &'a mut [u8],
+    /// The largest magnitude of each block of [`BLOCK_8BIT`] numbers.
+    pub absmax: &'a mut [f32],
+}
+
+impl<'a> Quantized8bit<'a> {
+    pub(super) fn check(&self, len: usize) {
+        assert_eq!(self.codes.len(), len);
+        assert_eq!(self.absmax.len(), len.div_ceil(BLOCK_8BIT));
+    }
+
+    pub(super) fn shared(self) -> (Shared<'a, u8>, Shared<'a, f32>) {
+        (Shared::new(self.codes), Shared::new(self.absmax))
+    }
+}
+
+impl DynamicMap {
+    /// The fractions of all codes.
+    pub fn fractions(self) -> &'static [f32; 256] {
+        match self {
+            DynamicMap::Signed => &SIGNED_FRACTIONS,
+            DynamicMap::Unsigned => &UNSIGNED_FRACTIONS,
+        }
+    }
+
+    /// The code of 0.
+    pub const fn zero(self) -> u8 {
+        match self {
+            DynamicMap::Signed => 127,
+            DynamicMap::Unsigned => 0,
+        }
+    }
+
+    /// Fractions in a decade, counted from the smallest.
+    const fn in_decade(self, decade: usize) -> usize {
+        match self {
+            DynamicMap::Signed => 1 << decade,
+            DynamicMap::Unsigned => 2 << decade,
+        }
+    }
+
+    /// How many steps above 0 a decade's first fraction lies.
+    const fn first(self, decade: usize) -> usize {
+        let mut first = 1;
+        let mut below = 0;
+        while below < decade {
+            first += self.in_decade(below);
+            below += 1;
+        }
+        first
+    }
+
+    /// The fraction `index` of a decade, in the middle of its share of the decade.
+    const fn fraction(self, decade: usize, index: usize) -> f64 {
+        DECADE_END[decade] * (0.1 + 0.9 * (index as f64 + 0.5) / self.in_decade(decade) as f64)
+    }
+}
+
+const DECADE_END: [f64; DECADES] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
+
+static SIGNED_FRACTIONS: [f32; 256] = fractions(DynamicMap::Signed);
+static UNSIGNED_FRACTIONS: [f32; 256] = fractions(DynamicMap::Unsigned);
+
+const fn fractions(map: DynamicMap) -> [f32; 256] {
+    let mut fractions = [0.0; 256];
+    let zero = map.zero() as usize;
+    let mut decade = 0;
+    while decade < DECADES {
+        let mut index = 0;
+        while index < map.in_decade(decade) {
+            let fraction = map.fraction(decade, index) as f32;
+            let steps = map.first(decade) + index;
+            fractions[zero + steps] = fraction;
+            if zero >= steps {
+                fractions[zero - steps] = -fraction;
+            }
+            index += 1;
+        }
+        decade += 1;
+    }
+    fractions[255] = 1.0;
+    fractions
+}
+
+/// A run of evenly spaced fractions.
+#[derive(Clone, Copy)]
+struct Level {
+    /// Where numbers begin to be nearer to this run than to the one below.
+    from: f32,
+    /// Steps above 0 of the nearest fraction are `slope * x + offset`, rounded down, from `first` to `last`.
+    slope: f32,
+    offset: f32,
+    first: f32,
+    last: f32,
+}
+
+const LEVELS: usize = DECADES + 2;
+const SIGNED: [Level; LEVELS] = levels(DynamicMap::Signed);
+const UNSIGNED: [Level; LEVELS] = levels(DynamicMap::Unsigned);
+
+const fn levels(map: DynamicMap) -> [Level; LEVELS] {
+    let mut levels = [Level { from: 0.0, slope: 0.0, offset: 0.0, first: 0.0, last: 0.0 }; LEVELS];
+    let mut below = 0.0;
+    let mut decade = 0;
+    while decade < DECADES {
+        let count = map.in_decade(decade);
+        let first = map.first(decade) as f64;
+        let slope = count as f64 / (0.9 * DECADE_END[decade]);
+        levels[decade + 1] = Level {
+            from: ((below + map.fraction(decade, 0)) / 2.0) as f32,
+            slope: slope as f32,
+            offset: (first - 0.1 * DECADE_END[decade] * slope) as f32,
+            first: first as f32,
+            last: (first + count as f64 - 1.0) as f32,
+        };
+        below = map.fraction(decade, count - 1);
+        decade += 1;
+    }
+    let one = map.first(DECADES) as f32;
+    levels[LEVELS - 1] =
+        Level { from: ((below + 1.0) / 2.0) as f32, slope: 0.0, offset: one, first: one, last: one };
+    if matches!(map, DynamicMap::Unsigned) {
+        levels[1].from = f32::MIN_POSITIVE;
+    }
+    levels
+}
+
+/// Widens a block's codes; the rest of `to` stays.
+#[allow(clippy::needless_range_loop, reason = "plain loops are vectorised")]
+#[inline(always)]
+pub(super) fn dequantize_block(map: DynamicMap, codes: &[u8], absmax: f32, to: &mut [f32; BLOCK_8BIT]) {
+    let fractions = map.fractions();
+    for i in 0..codes.len().min(BLOCK_8BIT) {
+        to[i] = fractions[codes[i] as usize] * absmax;
+    }
+}
+
+/// Writes the codes of the first numbers of a block, zeros behind them, and returns their largest magnitude.
+///
+/// Each number becomes the nearest one that has a code, but a positive number of the unsigned map never becomes 0: a
+/// second moment of 0 under a first moment that is not would make a step of any size.
+#[allow(clippy::needless_range_loop, reason = "plain loops are vectorised; closures in iterators are not")]
+#[inline(always)]
+pub(super) fn quantize_block<const FMA: bool>(
+    map: DynamicMap,
+    from: &[f32; BLOCK_8BIT],
+    codes: &mut [u8],
+) -> f32 {
+    /// Lanes that are worked on at once: a register of AVX-512.
+    const LANES: usize = 16;
+    let mut largest = [0.0f32; LANES];
+    for part in from.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            largest[i] = if part[i].abs() > largest[i] { part[i].abs() } else { largest[i] };
+        }
+    }
+    let absmax = largest.iter().fold(0.0f32, |a, &b| a.max(b));
+    // Below this, the reciprocal would be infinite.
+    let absmax = if absmax < 4.0 * f32::MIN_POSITIVE { 0.0 } else { absmax };
+    let inverse = if absmax == 0.0 { 0.0 } else { 1.0 / absmax };
+    let levels = if map == DynamicMap::Signed { &SIGNED } else { &UNSIGNED };
+    let mut all = [0u8; BLOCK_8BIT];
+    for (part, codes) in from.as_chunks::<LANES>().0.iter().zip(all.as_chunks_mut::<LANES>().0) {
+        let mut x = [0.0f32; LANES];
+        for i in 0..LANES {
+            x[i] = part[i].abs() * inverse;
+        }
+        // Each lane takes the constants of the highest level that it reaches; without branches, so that lanes are
+        // worked on together.
+        let lowest = levels[0];
+        let (mut slope, mut offset) = ([lowest.slope; LANES], [lowest.offset; LANES]);
+        let (mut first, mut last) = ([lowest.first; LANES], [lowest.last; LANES]);
+        let mut next = 1;
+        while next < LEVELS {
+            let level = levels[next];
+            for i in 0..LANES {
+                let reached = x[i] >= level.from;
+                slope[i] = if reached { level.slope } else { slope[i] };
+                offset[i] = if reached { level.offset } else { offset[i] };
+                first[i] = if reached { level.first } else { first[i] };
+                last[i] = if reached { level.last } else { last[i] };
+            }
+            next += 1;
+        }
+        for i in 0..LANES {
+            let steps = mul_add::<FMA>(x[i], slope[i], offset[i]);
+            let steps = if steps < first[i] { first[i] } else { steps };
+            let steps = if steps > last[i] { last[i] } else { steps } as i32;
+            codes[i] = match map {
+                DynamicMap::Unsigned => steps,
+                DynamicMap::Signed => 127 + if part[i] < 0.0 { -steps.min(127) } else { steps },
+            } as u8;
+        }
+    }
+    codes.copy_from_slice(&all[..codes.len()]);
+    absmax
+}

@@ -1,0 +1,121 @@
+//! Adam and AdamW: one pass over parameter, gradient and states on the CPU, tensor operations elsewhere.
+
+use burn::tensor::{DType, Element as BurnElement, Int, Tensor, TensorData};
+use half::bf16;
+use mistral4_kernels::{self as kernels, AdamW, AdamW8bitState, AdamWState, Element, Quantized8bit};
+
+use super::{Moments, ParameterState, Quantized, Values};
+
+/// Steps a parameter, or a shard of it, in place.
+///
+/// The states' memory is taken out of their tensors and put back: nothing is copied unless it is shared.
+///
+/// Source: `torch.optim.Adam` and `torch.optim.AdamW`; bitsandbytes for 8-bit moments.
+pub(super) fn fused(
+    hyper: &AdamW,
+    step: u64,
+    state: ParameterState,
+    values: Values<'_>,
+    gradient: &[f32],
+) -> ParameterState {
+    let ParameterState { moments, master } = state;
+    let mut master = master.map(Tensor::into_data);
+    let (param, rounded) = match values {
+        Values::F32(values) => (values, None),
+        Values::Bf16(values) => {
+            let master = master.as_mut().expect("bf16 values have a master");
+            (master.as_mut_slice::<f32>().expect("masters are f32"), Some(values))
+        }
+    };
+    let moments = match moments {
+        Moments::Float { exp_avg, exp_avg_sq } => {
+            let (dtype, device) = (exp_avg.dtype(), exp_avg.device());
+            let mut data = [exp_avg.into_data(), exp_avg_sq.into_data()];
+            match dtype {
+                DType::BF16 => float::<bf16>(hyper, step, (param, rounded), gradient, &mut data),
+                _ => float::<f32>(hyper, step, (param, rounded), gradient, &mut data),
+            }
+            let [exp_avg, exp_avg_sq] = data.map(|data| Tensor::from_data(data, (&device, dtype)));
+            Moments::Float { exp_avg, exp_avg_sq }
+        }
+        Moments::Int8 { exp_avg, exp_avg_sq } => {
+            let device = exp_avg.absmax.device();
+            let mut data = [exp_avg, exp_avg_sq].map(|q| (q.codes.into_data(), q.absmax.into_data()));
+            let [exp_avg, exp_avg_sq] = &mut data;
+            kernels::adamw_step_8bit(
+                hyper,
+                step,
+                AdamW8bitState {
+                    param,
+                    rounded,
+                    grad: gradient,
+                    exp_avg: quantized(exp_avg),
+                    exp_avg_sq: quantized(exp_avg_sq),
+                },
+            );
+            let [exp_avg, exp_avg_sq] = data.map(|(codes, absmax)| Quantized {
+                codes: Tensor::<1, Int>::from_data(codes, (&device, DType::U8)),
+                absmax: Tensor::from_data(absmax, (&device, DType::F32)),
+            });
+            Moments::Int8 { exp_avg, exp_avg_sq }
+        }
+        Moments::Momentum(_) => unreachable!("a resumed run's states are checked against its optimizer"),
+    };
+    let master = master.map(|data| Tensor::from_data(data, (&burn::tensor::Device::default(), DType::F32)));
+    ParameterState { moments, master }
+}
+
+fn float<S: Element + BurnElement>(
+    hyper: &AdamW,
+    step: u64,
+    (param, rounded): (&mut [f32], Option<&mut [bf16]>),
+    grad: &[f32],
+    [exp_avg, exp_avg_sq]: &mut [TensorData; 2],
+) {
+    let state = AdamWState { param, grad, exp_avg: slice::<S>(exp_avg), exp_avg_sq: slice::<S>(exp_avg_sq) };
+    match rounded {
+        Some(rounded) => kernels::adamw_step_master(hyper, step, rounded, state),
+        None => kernels::adamw_step(hyper, step, state),
+    }
+}
+
+fn quantized((codes, absmax): &mut (TensorData, TensorData)) -> Quantized8bit<'_> {
+    Quantized8bit { codes: slice(codes), absmax: slice(absmax) }
+}
+
+fn slice<T: BurnElement>(data: &mut TensorData) -> &mut [T] {
+    data.as_mut_slice().expect("the data has the tensor's dtype")
+}
+
+/// Steps a parameter with tensor operations; moments in bf16 are rounded to nearest.
+pub(super) fn composite(
+    hyper: &AdamW,
+    step: u64,
+    state: ParameterState,
+    values: Tensor<1>,
+    gradient: Tensor<1>,
+) -> (ParameterState, Tensor<1>) {
+    let ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master } = state else {
+        unreachable!("8-bit moments are refused on this device, and resumed states are checked")
+    };
+    let (dtype, moments) = (values.dtype(), exp_avg.dtype());
+    let full = master.unwrap_or(values);
+    let mut gradient = gradient * hyper.grad_scale;
+    let mut keep = 1.0;
+    if hyper.decoupled_weight_decay {
+        keep -= hyper.lr * hyper.weight_decay;
+    } else if hyper.weight_decay > 0.0 {
+        gradient = gradient + full.clone() * hyper.weight_decay;
+    }
+    let exp_avg = exp_avg.cast(DType::F32) * hyper.beta1 + gradient.clone() * (1.0 - hyper.beta1);
+    let exp_avg_sq = exp_avg_sq.cast(DType::F32) * hyper.beta2 + gradient.square() * (1.0 - hyper.beta2);
+    let unbias = |beta: f64| 1.0 - beta.powf(step as f64);
+    let root = exp_avg_sq.clone().sqrt() / unbias(hyper.beta2).sqrt() + hyper.eps;
+    let change = exp_avg.clone() / root * (hyper.lr / unbias(hyper.beta1));
+    let full = full * keep - change;
+    let moments = Moments::Float { exp_avg: exp_avg.cast(moments), exp_avg_sq: exp_avg_sq.cast(moments) };
+    match dtype {
+        DType::F32 => (ParameterState { moments, master: None }, full),
+        _ => (ParameterState { moments, master: Some(full.clone()) }, full.cast(dtype)),
+    }
+}

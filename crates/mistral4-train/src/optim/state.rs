@@ -1,0 +1,241 @@
+//! What an optimizer remembers of each parameter.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use mistral4_kernels::{BLOCK_8BIT, DynamicMap};
+
+use super::{Group, Values};
+use crate::recipe::{OptimizerConfig, StateDtype};
+
+/// What an optimizer remembers.
+///
+/// A clone shares the tensors; the next step then copies those that are still shared before it changes them.
+#[derive(Debug, Clone, Default)]
+pub struct OptimizerState {
+    /// Steps taken.
+    pub step: u64,
+    /// What is remembered of each parameter, by canonical key.
+    pub parameters: BTreeMap<String, ParameterState>,
+}
+
+/// What the optimizer remembers of one parameter, or of a shard of it, flat.
+#[derive(Debug, Clone)]
+pub struct ParameterState {
+    /// Running means of the gradient.
+    pub moments: Moments,
+    /// The parameter in full precision, where the model holds it in bf16, `[elements]`.
+    pub master: Option<Tensor<1>>,
+}
+
+/// Running means of a gradient.
+#[allow(clippy::large_enum_variant, reason = "tensors are handles: moving them costs little")]
+#[derive(Debug, Clone)]
+pub enum Moments {
+    /// Adam's two moments, f32 or bf16, `[elements]` each.
+    Float {
+        /// Running mean of the gradient.
+        exp_avg: Tensor<1>,
+        /// Running mean of the squared gradient.
+        exp_avg_sq: Tensor<1>,
+    },
+    /// Adam's two moments in 8 bits.
+    Int8 {
+        /// Running mean of the gradient, in the signed map.
+        exp_avg: Quantized,
+        /// Running mean of the squared gradient, in the unsigned map.
+        exp_avg_sq: Quantized,
+    },
+    /// Muon's momentum, f32, `[elements]`.
+    Momentum(Tensor<1>),
+}
+
+/// Numbers in 8 bits by blocks of 256.
+#[derive(Debug, Clone)]
+pub struct Quantized {
+    /// One code a number, u8, `[elements]`.
+    pub codes: Tensor<1, Int>,
+    /// The largest magnitude of each block, f32, `[blocks]`.
+    pub absmax: Tensor<1>,
+}
+
+/// A tensor of a state.
+#[derive(Debug, Clone)]
+pub enum StateTensor {
+    /// f32 or bf16.
+    Float(Tensor<1>),
+    /// u8 codes.
+    Codes(Tensor<1, Int>),
+}
+
+impl StateTensor {
+    /// Its values in memory.
+    pub fn to_data(&self) -> TensorData {
+        match self {
+            StateTensor::Float(tensor) => tensor.to_data(),
+            StateTensor::Codes(tensor) => tensor.to_data(),
+        }
+    }
+
+    /// Type of its values.
+    pub fn dtype(&self) -> DType {
+        match self {
+            StateTensor::Float(tensor) => tensor.dtype(),
+            StateTensor::Codes(tensor) => tensor.dtype(),
+        }
+    }
+
+    /// How many values it has.
+    pub fn len(&self) -> usize {
+        match self {
+            StateTensor::Float(tensor) => tensor.dims()[0],
+            StateTensor::Codes(tensor) => tensor.dims()[0],
+        }
+    }
+
+    /// Whether it has no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn float(self) -> Option<Tensor<1>> {
+        match self {
+            StateTensor::Float(tensor) => Some(tensor),
+            StateTensor::Codes(_) => None,
+        }
+    }
+
+    fn codes(self) -> Option<Tensor<1, Int>> {
+        match self {
+            StateTensor::Codes(tensor) => Some(tensor),
+            StateTensor::Float(_) => None,
+        }
+    }
+}
+
+impl ParameterState {
+    /// Names of the tensors that a state may have, as files of a checkpoint and fields of torch's optimizers are
+    /// called.
+    pub const NAMES: [&'static str; 6] =
+        ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_buffer", "master"];
+
+    /// A state without history for a parameter.
+    pub(super) fn of_tensor(config: &OptimizerConfig, values: &Tensor<1>) -> Self {
+        let device = values.device();
+        let master = (values.dtype() != DType::F32).then(|| values.clone().cast(DType::F32));
+        Self { moments: Moments::zeros(config, values.dims()[0], &device), master }
+    }
+
+    /// A state without history for a slice of a parameter on the CPU.
+    pub(super) fn of_slice(config: &OptimizerConfig, values: &Values<'_>) -> Self {
+        let device = Device::default();
+        let (count, master) = match values {
+            Values::F32(values) => (values.len(), None),
+            Values::Bf16(values) => {
+                let full: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+                let data = TensorData::new(full, [values.len()]);
+                (values.len(), Some(Tensor::from_data(data, (&device, DType::F32))))
+            }
+        };
+        Self { moments: Moments::zeros(config, count, &device), master }
+    }
+
+    /// Every tensor by its name.
+    pub fn tensors(&self) -> Vec<(&'static str, StateTensor)> {
+        let float = |name, tensor: &Tensor<1>| (name, StateTensor::Float(tensor.clone()));
+        let mut tensors = match &self.moments {
+            Moments::Float { exp_avg, exp_avg_sq } => {
+                vec![float("exp_avg", exp_avg), float("exp_avg_sq", exp_avg_sq)]
+            }
+            Moments::Int8 { exp_avg, exp_avg_sq } => vec![
+                ("exp_avg", StateTensor::Codes(exp_avg.codes.clone())),
+                ("exp_avg_sq", StateTensor::Codes(exp_avg_sq.codes.clone())),
+                float("exp_avg_absmax", &exp_avg.absmax),
+                float("exp_avg_sq_absmax", &exp_avg_sq.absmax),
+            ],
+            Moments::Momentum(momentum) => vec![float("momentum_buffer", momentum)],
+        };
+        tensors.extend(self.master.as_ref().map(|master| float("master", master)));
+        tensors
+    }
+
+    /// A state from its tensors; `None` when they belong to none.
+    pub fn from_tensors(mut tensors: BTreeMap<&'static str, StateTensor>) -> Option<Self> {
+        let master = match tensors.remove("master") {
+            Some(tensor) => Some(tensor.float()?),
+            None => None,
+        };
+        let moments = if let Some(momentum) = tensors.remove("momentum_buffer") {
+            Moments::Momentum(momentum.float()?)
+        } else {
+            match (tensors.remove("exp_avg")?, tensors.remove("exp_avg_sq")?) {
+                (StateTensor::Float(exp_avg), StateTensor::Float(exp_avg_sq)) => {
+                    Moments::Float { exp_avg, exp_avg_sq }
+                }
+                (exp_avg, exp_avg_sq) => {
+                    let mut absmax = |name| tensors.remove(name).and_then(StateTensor::float);
+                    let exp_avg = Quantized { codes: exp_avg.codes()?, absmax: absmax("exp_avg_absmax")? };
+                    let absmax = absmax("exp_avg_sq_absmax")?;
+                    Moments::Int8 { exp_avg, exp_avg_sq: Quantized { codes: exp_avg_sq.codes()?, absmax } }
+                }
+            }
+        };
+        tensors.is_empty().then_some(Self { moments, master })
+    }
+
+    /// The number of values of the parameter, as each of its states says.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        let whole = self.tensors().into_iter().filter(|(name, _)| !name.ends_with("absmax"));
+        whole.map(|(_, tensor)| tensor.len())
+    }
+
+    /// What [`ParameterState::kind`] says of a state that this configuration makes.
+    pub fn expected_kind(config: &OptimizerConfig, key: &str, shape: &[usize]) -> &'static str {
+        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
+        match config.state_dtype {
+            _ if config.muon.is_some() && Group::of(key, shape) == Group::Matrix => "Muon's momentum",
+            StateDtype::F32 => "f32 moments",
+            StateDtype::Bf16 => "bf16 moments",
+            StateDtype::Int8 if is_small => "f32 moments",
+            StateDtype::Int8 => "8-bit moments",
+        }
+    }
+
+    /// What kind of state this is, in words, to compare with another.
+    pub fn kind(&self) -> &'static str {
+        match &self.moments {
+            Moments::Float { exp_avg, .. } if exp_avg.dtype() == DType::BF16 => "bf16 moments",
+            Moments::Float { .. } => "f32 moments",
+            Moments::Int8 { .. } => "8-bit moments",
+            Moments::Momentum(_) => "Muon's momentum",
+        }
+    }
+}
+
+impl Moments {
+    fn zeros(config: &OptimizerConfig, count: usize, device: &Device) -> Self {
+        let dtype = match config.state_dtype {
+            StateDtype::Int8 if count >= config.min_8bit_size => {
+                let (exp_avg, exp_avg_sq) = (
+                    Quantized::zeros(DynamicMap::Signed, count, device),
+                    Quantized::zeros(DynamicMap::Unsigned, count, device),
+                );
+                return Moments::Int8 { exp_avg, exp_avg_sq };
+            }
+            StateDtype::Bf16 => DType::BF16,
+            StateDtype::F32 | StateDtype::Int8 => DType::F32,
+        };
+        let zeros = || Tensor::zeros([count], (device, dtype));
+        Moments::Float { exp_avg: zeros(), exp_avg_sq: zeros() }
+    }
+}
+
+impl Quantized {
+    fn zeros(map: DynamicMap, count: usize, device: &Device) -> Self {
+        let codes = TensorData::new(vec![map.zero(); count], [count]);
+        Self {
+            codes: Tensor::from_data(codes, (device, DType::U8)),
+            absmax: Tensor::zeros([count.div_ceil(BLOCK_8BIT)], (device, DType::F32)),
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Optimizers: Muon against torch, shards against whole parameters, states that are smaller.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::bf16;
+use mistral4::checkpoint::config::{ConfigFile, ConfigOptions};
+use mistral4::checkpoint::weights;
+use mistral4::model::moe::MoeOptions;
+use mistral4::weights::InitialSource;
+use mistral4::{Mistral4, ModelInputs};
+use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
+use mistral4_train::optim::{Optimizer, ParameterState, StepFactors, Values};
+use mistral4_train::recipe::{
+    AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype,
+};
+use safetensors::SafeTensors;
+
+const FACTORS: StepFactors = StepFactors { lr: 1e-2, weight_decay: 0.1, grad_scale: 0.5 };
+
+fn config(state_dtype: StateDtype) -> OptimizerConfig {
+    OptimizerConfig { state_dtype, min_8bit_size: 0, ..OptimizerConfig::default() }
+}
+
+/// Numbers in -1..1 that look random.
+fn numbers(seed: u32, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Every tensor of a state, as bytes.
+fn bytes(state: &ParameterState) -> BTreeMap<&'static str, Vec<u8>> {
+    state.tensors().into_iter().map(|(name, tensor)| (name, tensor.to_data().as_bytes().to_vec())).collect()
+}
+
+#[test]
+fn muon_follows_torch() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/training/muon.safetensors");
+    let file = std::fs::read(path).unwrap();
+    let golden = SafeTensors::deserialize(&file).unwrap();
+    let read = |name: &str| -> (Vec<usize>, Vec<f32>) {
+        let view = golden.tensor(name).unwrap();
+        let values = view.data().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes));
+        (view.shape().to_vec(), values.collect())
+    };
+    let muon = |nesterov, adjust_lr, newton_schulz_dtype| MuonConfig {
+        mu: 0.95,
+        nesterov,
+        adjust_lr: Some(adjust_lr),
+        epsilon: 1e-8,
+        newton_schulz_dtype,
+        scalar_lr: None,
+        embed_lr: None,
+        lm_head_lr: None,
+    };
+    let factors = StepFactors { lr: 2e-2, weight_decay: 0.1, grad_scale: 1.0 };
+    for (variant, muon, tolerance) in [
+        ("spectral", muon(false, AdjustLr::SpectralNorm, NewtonSchulzDtype::F32), 1e-4),
+        ("nesterov_rms", muon(true, AdjustLr::RmsNorm, NewtonSchulzDtype::F32), 1e-4),
+        ("bf16", muon(false, AdjustLr::SpectralNorm, NewtonSchulzDtype::Bf16), 2e-2),
+    ] {
+        let mut compared = 0;
+        for name in golden.names() {
+            let Some(key) = name.strip_prefix(&format!("{variant}/")) else { continue };
+            let Some(key) = key.strip_suffix("/initial") else { continue };
+            let config =
+                OptimizerConfig { lr: factors.lr, muon: Some(muon.clone()), ..config(StateDtype::F32) };
+            let mut optimizer = Optimizer::new(config);
+            let (shape, values) = read(name);
+            let tensor = |values: Vec<f32>| {
+                let count = values.len();
+                Tensor::<1>::from_data(TensorData::new(values, [count]), (&Device::flex(), DType::F32))
+            };
+            let mut values = tensor(values);
+            for step in 0..10 {
+                let (_, gradient) = read(&format!("{variant}/{key}/gradient{step}"));
+                optimizer.begin_step();
+                values = optimizer.update(key, &shape, values, tensor(gradient), factors);
+            }
+            let got = values.into_data();
+            let (_, want) = read(&format!("{variant}/{key}/final"));
+            let largest = want.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            for (got, want) in got.as_slice::<f32>().unwrap().iter().zip(&want) {
+                assert!((got - want).abs() <= tolerance * largest, "{variant} {key}: {got} is not {want}");
+            }
+            compared += 1;
+        }
+        assert_eq!(compared, 8, "{variant}");
+    }
+}
+
+/// FSDP updates flat shards; 8-bit blocks and Adam's elements do not notice.
+#[test]
+fn shards_move_like_the_whole() {
+    let (key, shape) = ("model.layers.0.self_attn.o_proj.weight", [40, 64]);
+    for (kind, state_dtype) in [
+        (OptimizerKind::AdamW, StateDtype::F32),
+        (OptimizerKind::Adam, StateDtype::F32),
+        (OptimizerKind::AdamW, StateDtype::Int8),
+    ] {
+        let config = OptimizerConfig { kind, ..config(state_dtype) };
+        let mut whole = Optimizer::new(config.clone());
+        let mut parts = [Optimizer::new(config.clone()), Optimizer::new(config)];
+        let mut values = numbers(1, 2560);
+        let mut shards = values.clone();
+        for step in 0..4 {
+            let gradient = numbers(step + 2, 2560);
+            whole.begin_step();
+            whole.update_slice(key, &shape, Values::F32(&mut values), &gradient, FACTORS);
+            let (left, right) = shards.split_at_mut(1280);
+            for ((part, shard), gradient) in
+                parts.iter_mut().zip([left, right]).zip(gradient.chunks_exact(1280))
+            {
+                part.begin_step();
+                part.update_slice(key, &shape, Values::F32(shard), gradient, FACTORS);
+            }
+        }
+        assert_eq!(values, shards, "{kind:?} {state_dtype:?}");
+        let [left, right] = parts.map(|part| bytes(&part.state().parameters[key]));
+        for (name, bytes) in bytes(&whole.state().parameters[key]) {
+            assert!(bytes == [&left[name][..], &right[name][..]].concat(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn bf16_values_are_rounded_from_what_is_remembered() {
+    for state_dtype in [StateDtype::F32, StateDtype::Bf16, StateDtype::Int8] {
+        let mut optimizer = Optimizer::new(config(state_dtype));
+        let mut values: Vec<bf16> = numbers(3, 1000).into_iter().map(bf16::from_f32).collect();
+        let before = values.clone();
+        for step in 0..3 {
+            optimizer.begin_step();
+            let factors = StepFactors { lr: 1e-4, ..FACTORS };
+            optimizer.update_slice("w", &[1000], Values::Bf16(&mut values), &numbers(step, 1000), factors);
+        }
+        let state = &optimizer.state().parameters["w"];
+        let master = state.master.as_ref().unwrap().to_data();
+        let master = master.as_slice::<f32>().unwrap();
+        assert!(values.iter().zip(master).all(|(value, master)| *value == bf16::from_f32(*master)));
+        assert!(master.iter().zip(&before).all(|(master, before)| *master != before.to_f32()));
+    }
+}
+
+/// The tiny preset, text only, and a batch with a rule to learn.
+fn model_and_batch(dtype: weights::DType) -> (Mistral4, LabelledInputs) {
+    let config = ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap().text_only().config;
+    let source = InitialSource::new(&config, 5, dtype);
+    let model = Mistral4::new(&config, MoeOptions::default(), &source, &Device::flex()).unwrap();
+    let ids: Vec<u32> = (0..48).map(|i| 20 + i * 7 % 30).collect();
+    let labels = ids.iter().skip(1).map(|&id| i64::from(id)).chain([-100]).collect();
+    (model, LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 48]), labels })
+}
+
+fn losses(config: OptimizerConfig, dtype: weights::DType, steps: usize) -> Vec<f64> {
+    let (mut model, batch) = model_and_batch(dtype);
+    let mut optimizer = Optimizer::new(config);
+    let scale = LossScale { per_token: 1.0 / 47.0, aux: 1.0 };
+    let mut losses = Vec::new();
+    for _ in 0..steps {
+        let mut gradients = Gradients::default();
+        let measured = forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients).unwrap();
+        losses.push(measured.loss_sum / 47.0);
+        let factors = StepFactors { lr: 2e-3, weight_decay: 0.0, grad_scale: 1.0 };
+        model = optimizer.step(model, gradients, factors);
+    }
+    losses
+}
+
+/// Small states train as well as full ones, f32 parameters and bf16 ones with a master.
+#[test]
+fn small_states_train_alike() {
+    for dtype in [weights::DType::F32, weights::DType::BF16] {
+        let full = losses(config(StateDtype::F32), dtype, 12);
+        assert!(full[11] < 0.6 * full[0], "{full:?}");
+        for state_dtype in [StateDtype::Bf16, StateDtype::Int8] {
+            let small = losses(config(state_dtype), dtype, 12);
+            for (full, small) in full.iter().zip(&small) {
+                assert!((full - small).abs() < 0.05 * full, "{state_dtype:?}: {small} against {full}");
+            }
+        }
+    }
+}
+
+/// Parameters and states are changed where they lie: no clone of them is made.
+#[test]
+fn a_step_moves_no_memory() {
+    let (model, batch) = model_and_batch(weights::DType::F32);
+    let mut gradients = Gradients::default();
+    let scale = LossScale { per_token: 1.0 / 47.0, aux: 1.0 };
+    forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients).unwrap();
+    let places = |model: Mistral4| {
+        let mut places = BTreeMap::new();
+        let model = model.map_parameters(|key, _, values| {
+            let (device, dtype) = (values.device(), values.dtype());
+            let data = values.into_data();
+            places.insert(key.to_owned(), data.as_bytes().as_ptr() as usize);
+            Tensor::from_data(data, (&device, dtype))
+        });
+        (model, places)
+    };
+    let (model, before) = places(model);
+    let norm = gradients.norm();
+    assert!(norm > 0.0 && norm == gradients.norm());
+    let mut optimizer = Optimizer::new(config(StateDtype::F32));
+    let (_, after) = places(optimizer.step(model, gradients, FACTORS));
+    assert_eq!(before, after);
+}
