@@ -24,6 +24,7 @@ mod quantized;
 mod rope;
 mod router;
 mod scratch;
+mod team;
 mod vector;
 
 pub mod reference;

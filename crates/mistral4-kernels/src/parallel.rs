@@ -1,14 +1,13 @@
-//! Work cut into numbered tasks on rayon's global pool.
-use rayon::prelude::*;
+//! Work cut into numbered tasks on a team of threads.
+use crate::team;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Runs `task(0) .. task(count - 1)`, on several threads when there is more than one of both.
 pub(crate) fn for_each(count: usize, task: impl Fn(usize) + Sync + Send) {
-    if count <= 1 || rayon::current_num_threads() == 1 {
+    let threads = rayon::current_num_threads().min(count);
+    if threads <= 1 || !team::run(threads, count, &task) {
         (0..count).for_each(task);
-    } else {
-        (0..count).into_par_iter().with_max_len(1).for_each(task);
     }
 }
 
