@@ -30,7 +30,8 @@ mod vector;
 pub mod reference;
 
 pub use attention::{
-    Attention, AttentionDims, AttentionGrads, AttentionSaved, Segment, attention, attention_backward,
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, Segment, attention,
+    attention_backward, latent_attention,
 };
 pub use element::{Element, Index};
 pub use experts::{Activation, ExpertDims, ExpertGrads, Experts, moe_experts, moe_experts_backward};

@@ -8,9 +8,11 @@ mod backward;
 mod blocks;
 mod few;
 mod forward;
+mod latent;
 
 pub use backward::{AttentionGrads, AttentionSaved, attention_backward};
 pub use forward::attention;
+pub use latent::{LatentAttention, LatentDims, latent_attention};
 
 use crate::element::Element;
 use std::ops::Range;

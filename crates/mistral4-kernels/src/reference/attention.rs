@@ -1,5 +1,5 @@
 //! Plain attention with whole rows of scores.
-use crate::{Attention, AttentionGrads, Element};
+use crate::{Attention, AttentionDims, AttentionGrads, Element, LatentAttention};
 
 /// See [`crate::attention`].
 pub fn attention<T: Element>(input: &Attention<'_, T>, out: &mut [T], lse: &mut [f32]) {
@@ -57,6 +57,33 @@ pub fn attention_backward<T: Element>(input: &Attention<'_, T>, dout: &[T], grad
         for (target, sum) in target.iter_mut().zip(sums) {
             *target = T::from_f32(sum as f32);
         }
+    }
+}
+
+/// See [`crate::latent_attention`]: keys and values of all heads are expanded, and nothing is rounded on the way.
+pub fn latent_attention<T: Element>(input: &LatentAttention<'_, T>, out: &mut [T]) {
+    let d = input.dims;
+    let slots = input.segments.iter().map(|s| s.k.end).max().unwrap_or(0);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for slot in 0..slots {
+        let latent = &input.latents[slot * d.latent_stride..][..d.rank + d.rope];
+        for head in 0..d.heads {
+            for row in 0..d.nope + d.value_dim {
+                let weights = &input.kv_b[(head * (d.nope + d.value_dim) + row) * d.rank..][..d.rank];
+                let sum = weights.iter().zip(latent).map(|(w, x)| w.to_f32() * x.to_f32()).sum::<f32>();
+                if row < d.nope { k.push(sum) } else { v.push(sum) }
+            }
+            k.extend(latent[d.rank..].iter().map(|x| x.to_f32()));
+        }
+    }
+    let q: Vec<f32> = input.q.iter().map(|x| x.to_f32()).collect();
+    let dims = AttentionDims::contiguous(d.heads, d.heads, d.nope + d.rope, d.value_dim);
+    let expanded =
+        Attention { dims, q: &q, k: &k, v: &v, segments: input.segments, scale: input.scale };
+    let mut sums = vec![0.0; out.len()];
+    attention(&expanded, &mut sums, &mut vec![0.0; out.len() / d.value_dim.max(1)]);
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = T::from_f32(sum);
     }
 }
 

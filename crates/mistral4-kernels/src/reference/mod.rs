@@ -9,7 +9,7 @@ mod quantized;
 mod rope;
 mod router;
 
-pub use attention::{attention, attention_backward};
+pub use attention::{attention, attention_backward, latent_attention};
 pub use experts::{moe_experts, moe_experts_backward};
 pub use gemm::gemm;
 pub use loss::linear_cross_entropy;

@@ -1,8 +1,8 @@
 //! Attention against the plain twin.
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
-    Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, Segment, attention,
-    attention_backward, bf16, reference,
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, LatentAttention, LatentDims, Segment,
+    attention, attention_backward, bf16, latent_attention, reference,
 };
 
 struct Case<T> {
@@ -115,6 +115,43 @@ fn values_inside_keys() {
         attention(&Attention { v: &case.k, ..case.input() }, &mut b, &mut lse);
         assert_eq!(a, b);
     });
+}
+
+fn latent_cases<T: Element>() {
+    let dims = LatentDims { heads: 5, nope: 7, rope: 6, rank: 21, value_dim: 9, latent_stride: 31 };
+    let rows = |tokens, slots, offset| (dims, tokens, whole(tokens, slots, Some(offset)));
+    let small = LatentDims { heads: 1, nope: 1, rope: 1, rank: 1, value_dim: 1, latent_stride: 2 };
+    // Two rows of a batch, the second padded on its left; a query between them sees nothing.
+    let batch = vec![
+        Segment { q: 0..1, k: 0..40, causal: Some(39) },
+        Segment { q: 2..3, k: 55..80, causal: Some(24) },
+    ];
+    let cases =
+        [rows(1, 300, 299), rows(4, 50, 46), rows(70, 90, 20), (small, 1, whole(1, 1, None)), (dims, 3, batch)];
+    for (dims, tokens, segments) in cases {
+        let slots = segments.iter().map(|s| s.k.end).max().unwrap();
+        let mut random = Random::new((tokens * 31 + slots) as u64);
+        let q = random.values::<T>(tokens * dims.heads * (dims.nope + dims.rope), 1.0);
+        let latents = random.values::<T>(slots * dims.latent_stride, 1.0);
+        let kv_b = random.values::<T>(dims.heads * (dims.nope + dims.value_dim) * dims.rank, 0.3);
+        let input =
+            LatentAttention { dims, q: &q, latents: &latents, kv_b: &kv_b, segments: &segments, scale: 0.4 };
+        let len = tokens * dims.heads * dims.value_dim;
+        let (mut got, mut want) = (poison::<T>(len), poison::<T>(len));
+        latent_attention(&input, &mut got);
+        reference::latent_attention(&input, &mut want);
+        assert_close("out", &got, &want, tolerance::<T>());
+    }
+}
+
+#[test]
+fn f32_latents() {
+    on_each_isa(|_| latent_cases::<f32>());
+}
+
+#[test]
+fn bf16_latents() {
+    on_each_isa(|_| latent_cases::<bf16>());
 }
 
 #[test]
