@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything a change must pass: format, lints, tests, documentation.
-# On a fresh Debian machine it needs Rust (rustup) and nothing else; a C compiler is installed if there is none.
+# On a fresh Debian machine it needs Rust (rustup) and nothing else; a C compiler and make are installed if they are missing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if ! command -v cc >/dev/null; then
+if ! command -v cc >/dev/null || ! command -v make >/dev/null; then
     as_root=$([ "$(id -u)" = 0 ] || echo sudo)
-    $as_root apt-get update && $as_root apt-get install -y --no-install-recommends gcc libc6-dev
+    $as_root apt-get update && $as_root apt-get install -y --no-install-recommends gcc libc6-dev make
 fi
 
 echo "== format"

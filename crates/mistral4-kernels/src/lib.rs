@@ -10,6 +10,7 @@
 //! Results do not depend on the number of threads: work is cut into pieces by shape alone, and no float is
 //! ever added from two threads.
 
+mod add;
 mod attention;
 mod element;
 mod experts;
@@ -29,12 +30,15 @@ mod vector;
 
 pub mod reference;
 
+pub use add::add;
 pub use attention::{
-    Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, Segment, attention,
-    attention_backward, latent_attention,
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, Segment,
+    attention, attention_backward, latent_attention,
 };
 pub use element::{Element, Index};
-pub use experts::{Activation, ExpertDims, ExpertGrads, Experts, moe_experts, moe_experts_backward};
+pub use experts::{
+    Activation, ExpertDims, ExpertGrads, Experts, gated, gated_backward, moe_experts, moe_experts_backward,
+};
 pub use gemm::{
     GemmDims, LinearDims, Matrix, MatrixMut, gemm, linear, linear_backward_input, linear_backward_weight,
 };

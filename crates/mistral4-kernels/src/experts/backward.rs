@@ -16,6 +16,11 @@ use std::ops::Range;
 /// Panels of one task where weights are read along their rows: long pieces, so that memory delivers fast.
 const WIDE: usize = 16;
 
+/// Where wide pieces of rows are packed, packing itself fetches ahead.
+fn nothing<'a, T>() -> &'a [T] {
+    &[]
+}
+
 /// Where [`moe_experts_backward`] writes gradients; those that are `None` are not computed.
 #[derive(Debug)]
 pub struct ExpertGrads<'a, X, W> {
@@ -74,23 +79,21 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     // activation, which becomes that activation.
     let mut gate_up = {
         let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
-        rows_product::<P>(isa, &groups, &x, [hidden, 2 * inter, NR], |expert, cols, depth, right| {
+        let source = |expert: usize, cols: Range<usize>| experts.gate_up_rows(expert, cols);
+        let pack = |expert: usize, cols: Range<usize>, depth: Range<usize>, right: &mut [P]| {
             let lane = |i: usize| &experts.gate_up_row(expert, cols.start + i)[depth.start..];
             pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
-        })
+        };
+        rows_product(isa, &groups, &x, [hidden, 2 * inter, NR], source, pack)
     };
     let mut inner = {
         let dout = groups.pack_left::<P, X>(isa, hidden, |row| dout_row(groups.token(row)));
-        rows_product::<P>(
-            isa,
-            &groups,
-            &dout,
-            [hidden, inter, task_columns(inter, WIDE)],
-            |expert, cols, depth, right| {
-                let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
-                pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
-            },
-        )
+        let pack = |expert: usize, cols: Range<usize>, depth: Range<usize>, right: &mut [P]| {
+            let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
+            pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
+        };
+        let shape = [hidden, inter, task_columns(inter, WIDE)];
+        rows_product(isa, &groups, &dout, shape, |_, _| nothing::<W>(), pack)
     };
     differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
 
@@ -106,7 +109,15 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
                     let row = |k: usize| &experts.gate_up_row(expert, depth.start + k)[cols.start..];
                     pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
                 };
-                groups.multiply(isa, &left, [2 * inter, cols.len()], pack, |rows, sums| add(rows, sums));
+                let shape = [2 * inter, cols.len()];
+                groups.multiply(
+                    isa,
+                    &left,
+                    shape,
+                    |_| [nothing::<W>(); 2],
+                    pack,
+                    |rows, sums| add(rows, sums),
+                );
             },
             |_| 1.0,
         );
@@ -143,11 +154,14 @@ impl SortedRows {
 }
 
 /// Product of packed sorted rows with a matrix of each expert, `width` columns a task.
-fn rows_product<P: Panel>(
+///
+/// `source(expert, columns)` is the memory to fetch ahead.
+fn rows_product<'a, P: Panel, W: Element>(
     isa: Isa,
     groups: &Groups,
     left: &[P],
     [depth, columns, width]: [usize; 3],
+    source: impl Fn(usize, Range<usize>) -> &'a [W] + Sync + Send,
     pack_right: impl Fn(usize, Range<usize>, Range<usize>, &mut [P]) + Sync + Send,
 ) -> SortedRows {
     let mut out = SortedRows::new(groups.rows(), columns);
@@ -156,7 +170,8 @@ fn rows_product<P: Panel>(
         let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             pack_right(expert, cols.clone(), depth, right);
         };
-        groups.multiply(isa, left, [depth, cols.len()], pack, |rows, sums| {
+        let source = |expert: usize| [source(expert, cols.clone()), nothing()];
+        groups.multiply(isa, left, [depth, cols.len()], source, pack, |rows, sums| {
             for (cols, sums) in panels(cols.clone(), sums, rows.len()) {
                 let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
                 // SAFETY: each task owns its columns.
@@ -256,11 +271,13 @@ fn differentiate<X: Element, W: Element, I: Index>(
     });
 }
 
-struct InnerRow<'a> {
-    gate: &'a mut [f32],
-    up: &'a mut [f32],
-    inner: &'a mut [f32],
-    weight: f32,
+/// Gate, up and the gradient of `act(gate) * up`, which are replaced by the gradients of gate and up and by
+/// `weight * act(gate) * up`.
+pub(super) struct InnerRow<'a> {
+    pub(super) gate: &'a mut [f32],
+    pub(super) up: &'a mut [f32],
+    pub(super) inner: &'a mut [f32],
+    pub(super) weight: f32,
 }
 
 per_isa! {
@@ -268,7 +285,7 @@ per_isa! {
 }
 
 #[inline(always)]
-fn differentiate_row_body<const FMA: bool>(activation: Activation, row: InnerRow<'_>) -> f32 {
+pub(super) fn differentiate_row_body<const FMA: bool>(activation: Activation, row: InnerRow<'_>) -> f32 {
     use Activation::{Gelu, GeluTanh, Relu, Silu};
     match activation {
         Silu => differentiate_with(row, |x| {

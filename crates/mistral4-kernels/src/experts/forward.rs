@@ -54,7 +54,9 @@ fn forward<P: Panel, X: Element, W: Element, I: Index>(
                 let lane = |i: usize| &experts.down_row(expert, cols.start + i)[depth.start..];
                 pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
             };
-            groups.multiply(isa, &inner, [inter, cols.len()], pack, |rows, sums| add(rows, sums));
+            let source = |expert: usize| [experts.down_rows(expert, cols.clone()), &[]];
+            let shape = [inter, cols.len()];
+            groups.multiply(isa, &inner, shape, source, pack, |rows, sums| add(rows, sums));
         },
         |row| experts.weights[groups.slot(row)],
     );
@@ -81,7 +83,9 @@ fn gated<P: Panel, X: Element, W: Element, I: Index>(
             };
             pack_lanes(isa, depth.len(), [NR, NR], lane, right);
         };
-        groups.multiply(isa, x, [hidden, NR], pack, |rows, sums| {
+        let source =
+            |expert: usize| [0, inter].map(|up| experts.gate_up_rows(expert, up + cols.start..up + cols.end));
+        groups.multiply(isa, x, [hidden, NR], source, pack, |rows, sums| {
             gate(isa, experts.activation, sums);
             for tile in tiles(rows.clone()) {
                 let height = tile.len();
@@ -159,7 +163,7 @@ per_isa! {
 }
 
 #[inline(always)]
-fn gate_slices_body<const FMA: bool>(activation: Activation, gate: &mut [f32], up: &[f32]) {
+pub(super) fn gate_slices_body<const FMA: bool>(activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => multiply(gate, up, |x| activate::<FMA>(Activation::Silu, x)),
         Activation::Gelu => multiply(gate, up, |x| activate::<FMA>(Activation::Gelu, x)),

@@ -1,10 +1,13 @@
 //! Tokens sorted by expert, and products of the groups.
 use crate::element::{Element, Index};
-use crate::gemm::{NR, Panel, multiply_rows, pack_lanes, tiles};
+use crate::gemm::{NR, Panel, multiply_rows, pack_lanes, prefetch, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
 use std::ops::Range;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Token slots (`token * K + k`) sorted by expert; slots of one expert stay in token order.
 pub(crate) struct Groups {
@@ -85,20 +88,35 @@ impl Groups {
     /// Multiplies the left tiles of every used expert with a right panel of that expert.
     ///
     /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; `finish(rows, sums)`
-    /// receives `[panels, rows, NR]` sums, in the order of experts and rows.
-    pub(crate) fn multiply<P: Panel>(
+    /// receives `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)` is the memory that
+    /// `pack_right` reads for an expert; it is fetched while the expert before it is multiplied.
+    pub(crate) fn multiply<'a, P: Panel, W: Element>(
         &self,
         isa: Isa,
         left: &[P],
         [depth, columns]: [usize; 2],
+        source: impl Fn(usize) -> [&'a [W]; 2],
         pack_right: impl Fn(usize, Range<usize>, &mut [P]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
-        let mut sums = scratch::take::<f32>(self.most_rows() * columns.next_multiple_of(NR));
-        for (expert, rows) in &self.used {
-            let sums = &mut sums[..rows.len() * columns.next_multiple_of(NR)];
+        let panels = columns.div_ceil(NR);
+        let mut sums = scratch::take::<f32>(self.most_rows() * panels * NR);
+        for (index, (expert, rows)) in self.used.iter().enumerate() {
+            let sums = &mut sums[..rows.len() * panels * NR];
             let pack = |depth: Range<usize>, out: &mut [P]| pack_right(*expert, depth, out);
-            multiply_rows(isa, left, rows.clone(), depth, pack, sums);
+            let mut next = self.used.get(index + 1).map_or([&[][..]; 2], |(expert, _)| source(*expert));
+            // Depth is cut into few blocks; with one block the pieces come out right, with more they come sooner.
+            let turns = tiles(rows.clone()).count() * panels;
+            let pieces =
+                next.map(|part| part.len().div_ceil(turns.max(1)).next_multiple_of(LINE / size_of::<W>()));
+            let mut fetch = || {
+                for (rest, piece) in next.iter_mut().zip(pieces) {
+                    let (now, later) = rest.split_at(piece.min(rest.len()));
+                    prefetch(now);
+                    *rest = later;
+                }
+            };
+            multiply_rows(isa, left, rows.clone(), depth, pack, &mut fetch, sums);
             finish(rows.clone(), sums);
         }
     }

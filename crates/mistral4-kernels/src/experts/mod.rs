@@ -6,14 +6,17 @@
 mod backward;
 mod few;
 mod forward;
+mod gated;
 mod groups;
 
 pub use backward::{ExpertGrads, moe_experts_backward};
 pub use forward::moe_experts;
 pub(crate) use forward::{add_scaled, gate_slices};
+pub use gated::{gated, gated_backward};
 pub(crate) use groups::Groups;
 
 use crate::element::{Element, Index};
+use std::ops::Range;
 
 /// Sizes of a mixture of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +83,18 @@ impl<X: Element, W: Element, I: Index> Experts<'_, X, W, I> {
     fn gate_up_row(&self, expert: usize, i: usize) -> &[W] {
         let ExpertDims { hidden, inter, .. } = self.dims;
         &self.gate_up[(expert * 2 * inter + i) * hidden..][..hidden]
+    }
+
+    /// Rows of the `[2F, D]` matrix of an expert.
+    fn gate_up_rows(&self, expert: usize, rows: Range<usize>) -> &[W] {
+        let ExpertDims { hidden, inter, .. } = self.dims;
+        &self.gate_up[(expert * 2 * inter + rows.start) * hidden..][..rows.len() * hidden]
+    }
+
+    /// Rows of the `[D, F]` matrix of an expert.
+    fn down_rows(&self, expert: usize, rows: Range<usize>) -> &[W] {
+        let ExpertDims { hidden, inter, .. } = self.dims;
+        &self.down[(expert * hidden + rows.start) * inter..][..rows.len() * inter]
     }
 
     /// Row `i` of the `[D, F]` matrix of an expert.

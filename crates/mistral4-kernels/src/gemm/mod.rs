@@ -230,7 +230,7 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
         let cols = task / parts * width..((task / parts + 1) * width).min(n);
         let mut sums = scratch::take::<f32>(rows.len() * cols.len().next_multiple_of(NR));
         let pack = |depth: Range<usize>, out: &mut [P]| b.pack_right(isa, cols.clone(), depth, out);
-        multiply_rows(isa, left, rows.clone(), k, pack, &mut sums);
+        multiply_rows(isa, left, rows.clone(), k, pack, &mut || (), &mut sums);
         for (cols, sums) in panels(cols, &sums, rows.len()) {
             let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
             // SAFETY: tasks own disjoint rectangles of `c`.
@@ -269,13 +269,14 @@ pub(crate) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 ///
 /// `left` holds the packed tiles of all rows of the operand, each `[steps, height]`. `pack_right` packs a
 /// part of the summed axis as `[panels, steps, NR]`; parts are short enough for one panel to stay in the
-/// first-level cache while the tiles pass by.
+/// first-level cache while the tiles pass by. `between_tiles` runs before each tile, to fetch what comes next.
 pub(crate) fn multiply_rows<P: Panel>(
     isa: Isa,
     left: &[P],
     rows: Range<usize>,
     depth: usize,
     pack_right: impl Fn(Range<usize>, &mut [P]),
+    between_tiles: &mut impl FnMut(),
     sums: &mut [f32],
 ) {
     if rows.is_empty() {
@@ -296,6 +297,7 @@ pub(crate) fn multiply_rows<P: Panel>(
         pack_right(first * P::STEP..((first + count) * P::STEP).min(depth), right);
         for (right, sums) in right.chunks_exact(count * NR).zip(sums.chunks_exact_mut(rows.len() * NR)) {
             for tile in tiles(rows.clone()) {
+                between_tiles();
                 let start = tile.start * steps + first * tile.len();
                 let left = &left[start..start + count * tile.len()];
                 let ptr = sums[(tile.start - rows.start) * NR..].as_mut_ptr();
@@ -305,6 +307,21 @@ pub(crate) fn multiply_rows<P: Panel>(
             }
         }
     }
+}
+
+/// Asks for values to be brought into the second-level cache.
+pub(crate) fn prefetch<T>(values: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let bytes = size_of_val(values);
+        for line in (0..bytes).step_by(64) {
+            // SAFETY: the address lies in the slice; a prefetch has no other effect.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().add(line)) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
 }
 
 /// A rectangle of a matrix: its first element, the distance between its rows, and its columns.

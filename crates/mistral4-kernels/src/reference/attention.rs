@@ -78,8 +78,7 @@ pub fn latent_attention<T: Element>(input: &LatentAttention<'_, T>, out: &mut [T
     }
     let q: Vec<f32> = input.q.iter().map(|x| x.to_f32()).collect();
     let dims = AttentionDims::contiguous(d.heads, d.heads, d.nope + d.rope, d.value_dim);
-    let expanded =
-        Attention { dims, q: &q, k: &k, v: &v, segments: input.segments, scale: input.scale };
+    let expanded = Attention { dims, q: &q, k: &k, v: &v, segments: input.segments, scale: input.scale };
     let mut sums = vec![0.0; out.len()];
     attention(&expanded, &mut sums, &mut vec![0.0; out.len() / d.value_dim.max(1)]);
     for (out, sum) in out.iter_mut().zip(sums) {

@@ -23,6 +23,28 @@ fn activate(activation: Activation, x: f64) -> (f64, f64) {
     }
 }
 
+/// See [`crate::gated`].
+pub fn gated<T: Element>(activation: Activation, gate: &[T], up: &[T], out: &mut [T]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let (value, _) = activate(activation, f64::from(gate.to_f32()));
+        *out = T::from_f32((value * f64::from(up.to_f32())) as f32);
+    }
+}
+
+/// See [`crate::gated_backward`].
+pub fn gated_backward<T: Element>(
+    activation: Activation,
+    [gate, up, dout]: [&[T]; 3],
+    [dgate, dup]: [&mut [T]; 2],
+) {
+    for (i, dout) in dout.iter().enumerate() {
+        let (value, slope) = activate(activation, f64::from(gate[i].to_f32()));
+        let dout = f64::from(dout.to_f32());
+        dgate[i] = T::from_f32((dout * f64::from(up[i].to_f32()) * slope) as f32);
+        dup[i] = T::from_f32((dout * value) as f32);
+    }
+}
+
 fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a.to_f32()) * f64::from(b.to_f32())).sum()
 }

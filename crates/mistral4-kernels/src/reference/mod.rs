@@ -10,7 +10,7 @@ mod rope;
 mod router;
 
 pub use attention::{attention, attention_backward, latent_attention};
-pub use experts::{moe_experts, moe_experts_backward};
+pub use experts::{gated, gated_backward, moe_experts, moe_experts_backward};
 pub use gemm::gemm;
 pub use loss::linear_cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};

@@ -126,8 +126,13 @@ fn latent_cases<T: Element>() {
         Segment { q: 0..1, k: 0..40, causal: Some(39) },
         Segment { q: 2..3, k: 55..80, causal: Some(24) },
     ];
-    let cases =
-        [rows(1, 300, 299), rows(4, 50, 46), rows(70, 90, 20), (small, 1, whole(1, 1, None)), (dims, 3, batch)];
+    let cases = [
+        rows(1, 300, 299),
+        rows(4, 50, 46),
+        rows(70, 90, 20),
+        (small, 1, whole(1, 1, None)),
+        (dims, 3, batch),
+    ];
     for (dims, tokens, segments) in cases {
         let slots = segments.iter().map(|s| s.k.end).max().unwrap();
         let mut random = Random::new((tokens * 31 + slots) as u64);

@@ -12,6 +12,7 @@ use crate::model::mlp::Mlp;
 use crate::model::moe::{Moe, MoeOptions};
 use crate::model::norm::RmsNorm;
 use crate::model::rope::RotaryTables;
+use crate::ops;
 use crate::weights::Parameters;
 
 /// Attention and feed-forward, each normed before and added to the residual stream after.
@@ -83,13 +84,13 @@ impl DecoderLayer {
             &context.mask,
             cache,
         );
-        let x = x + attended;
+        let x = ops::add(x, attended);
         let normed = self.post_attention_layernorm.forward(x.clone());
         match &self.mlp {
-            FeedForward::Dense(mlp) => (x + mlp.forward(normed), None),
+            FeedForward::Dense(mlp) => (ops::add(x, mlp.forward(normed)), None),
             FeedForward::Moe(moe) => {
                 let (y, routing) = moe.forward(normed, context.token_mask.as_deref());
-                (x + y, Some(routing))
+                (ops::add(x, y), Some(routing))
             }
         }
     }

@@ -18,7 +18,7 @@ use crate::model::cache::LayerCache;
 use crate::model::linear::Linear;
 use crate::model::norm::{LATENT_NORM_EPS, RmsNorm};
 use crate::model::rope::RotaryTables;
-use crate::ops::{self, AttentionSpec, RopeSpec, Segment};
+use crate::ops::{self, AttentionSpec, LatentSpec, RopeSpec, Segment};
 use crate::weights::Parameters;
 
 /// Who sees whom in one forward pass.
@@ -202,22 +202,11 @@ impl Mla {
         }
     }
 
-    /// Attention over cached latents, `[B * slots, R + rope]`: scores and sums are taken in the latent space.
+    /// Attention over cached latents, `[B * slots, R + rope]`.
     fn attend_absorbed(&self, q: Tensor<3>, all: Tensor<2>, segments: &Arc<[Segment]>) -> Tensor<3> {
         let s = &self.shape;
-        let [tokens, ..] = q.dims();
-        let slots = all.dims()[0];
-        let kv_b = self.kv_b_proj.weight.val().reshape([s.heads, s.nope + s.v, s.rank]);
-        let to_key = kv_b.clone().slice_dim(1, 0..s.nope);
-        let to_value = kv_b.slice_dim(1, s.nope..s.nope + s.v);
-
-        let q_nope = q.clone().slice_dim(2, 0..s.nope).swap_dims(0, 1).matmul(to_key).swap_dims(0, 1);
-        let q_pe = q.slice_dim(2, s.nope..s.nope + s.rope);
-        let q = Tensor::cat(vec![q_nope, q_pe], 2);
-        let k = all.reshape([slots, 1, s.rank + s.rope]);
-        let v = k.clone().slice_dim(2, 0..s.rank);
-        let out = ops::attention(q, k, v, self.spec(segments));
-        out.swap_dims(0, 1).matmul(to_value.transpose()).swap_dims(0, 1).reshape([tokens, s.heads, s.v])
+        let spec = LatentSpec { attention: self.spec(segments), nope: s.nope, value_dim: s.v };
+        ops::latent_attention(q, all, self.kv_b_proj.weight.val(), spec)
     }
 
     fn spec(&self, segments: &Arc<[Segment]>) -> AttentionSpec {

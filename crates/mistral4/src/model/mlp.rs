@@ -6,7 +6,7 @@ use mistral4_checkpoint::config::Activation;
 
 use crate::error::Result;
 use crate::model::linear::Linear;
-use crate::ops::activation;
+use crate::ops;
 use crate::weights::Parameters;
 
 /// `down_proj(act(gate_proj(x)) * up_proj(x))`.
@@ -39,7 +39,7 @@ impl Mlp {
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let gate = activation::apply(self.act, self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj.forward(ops::gated(gate, self.up_proj.forward(x), self.act))
     }
 }

@@ -103,6 +103,6 @@ impl Moe {
     pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> (Tensor<2>, Routing) {
         let routing = self.gate.forward(x.clone(), token_mask);
         let routed = self.experts.forward(x.clone(), &routing);
-        (routed + self.shared_experts.forward(x), routing)
+        (ops::add(routed, self.shared_experts.forward(x)), routing)
     }
 }

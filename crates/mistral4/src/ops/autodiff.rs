@@ -4,11 +4,11 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, Backend};
+use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use mistral4_checkpoint::config::Activation;
 
 use super::extension::FusedOps;
-use super::{AttentionSpec, RopeSpec};
+use super::{AttentionSpec, LatentSpec, RopeSpec};
 
 /// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
 #[derive(Debug, Clone)]
@@ -77,6 +77,8 @@ pub(super) trait BackwardKernels: FusedOps {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// Gradients of `(q, k, v)`.
     fn attention_backward(saved: AttentionSaved<Self>, dout: FloatTensor<Self>) -> [FloatTensor<Self>; 3];
+    /// Gradients of gate and up, from `[gate, up, dout]`.
+    fn gated_backward(saved: [FloatTensor<Self>; 3], activation: Activation) -> [FloatTensor<Self>; 2];
     /// Gradients of `(x, weights, gate_up, down)`, each only if wanted.
     fn moe_experts_backward(
         inputs: MoeInputs<Self>,
@@ -148,6 +150,33 @@ impl<B: BackwardKernels> Backward<B, 3> for Attention {
         let dout = grads.consume::<B>(&ops.node);
         let gradients = B::attention_backward(ops.state, dout).map(Some);
         register::<B, 3>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
+    }
+}
+
+#[derive(Debug)]
+struct Gated;
+
+impl<B: BackwardKernels> Backward<B, 2> for Gated {
+    type State = (FloatTensor<B>, FloatTensor<B>, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = grads.consume::<B>(&ops.node);
+        let (gate, up, activation) = ops.state;
+        let gradients = B::gated_backward([gate, up, dout], activation).map(Some);
+        register::<B, 2>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
+    }
+}
+
+#[derive(Debug)]
+struct Add;
+
+impl<B: BackwardKernels> Backward<B, 2> for Add {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = grads.consume::<B>(&ops.node);
+        let gradients = [Some(dout.clone()), Some(dout)];
+        register::<B, 2>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
     }
 }
 
@@ -251,6 +280,36 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
                 op.finish(AttentionSaved { q, k, v, out: out.clone(), lse, spec }, out)
             }
             OpsKind::UnTracked(op) => op.finish(<B as FusedOps>::attention(q, k, v, spec)),
+        }
+    }
+
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        spec: LatentSpec,
+    ) -> FloatTensor<Self> {
+        // The caller has made sure that nothing here is tracked.
+        let [q, latents, kv_b] = [q, latents, kv_b].map(|t| t.into_primitive());
+        Self::from_inner(B::latent_attention(q, latents, kv_b, spec))
+    }
+
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let op = Gated.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
+        let (gate, up) = (gate.into_primitive(), up.into_primitive());
+        let out = B::gated(gate.clone(), up.clone(), activation);
+        match op {
+            OpsKind::Tracked(op) => op.finish((gate, up, activation), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn add(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let op = Add.prepare::<C>([a.node(), b.node()]).compute_bound().stateful();
+        let out = <B as FusedOps>::add(a.into_primitive(), b.into_primitive());
+        match op {
+            OpsKind::Tracked(op) => op.finish((), out),
+            OpsKind::UnTracked(op) => op.finish(out),
         }
     }
 

@@ -6,7 +6,7 @@ use burn::tensor::{
 };
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, RopeSpec, activation};
+use super::{AttentionSpec, LatentSpec, RopeSpec, activation};
 
 /// See [`super::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
@@ -101,6 +101,29 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) 
         parts.push(zeros(rows - next));
     }
     Tensor::cat(parts, 0)
+}
+
+/// See [`super::latent_attention`].
+pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: LatentSpec) -> Tensor<3> {
+    let [_, heads, head_dim] = q.dims();
+    let [slots, width] = latents.dims();
+    let rank = kv_b.dims()[1];
+    let (nope, value_dim) = (spec.nope, spec.value_dim);
+    let kv_b = kv_b.reshape([heads, nope + value_dim, rank]);
+    let to_key = kv_b.clone().slice_dim(1, 0..nope);
+    let to_value = kv_b.slice_dim(1, nope..nope + value_dim);
+
+    let q_nope = q.clone().slice_dim(2, 0..nope).swap_dims(0, 1).matmul(to_key).swap_dims(0, 1);
+    let q = Tensor::cat(vec![q_nope, q.slice_dim(2, nope..head_dim)], 2);
+    let k = latents.reshape([slots, 1, width]);
+    let v = k.clone().slice_dim(2, 0..rank);
+    let out = super::attention(q, k, v, spec.attention);
+    out.swap_dims(0, 1).matmul(to_value.transpose()).swap_dims(0, 1)
+}
+
+/// See [`super::gated`].
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, act: Activation) -> Tensor<2> {
+    activation::apply(act, gate) * up
 }
 
 /// Attention with an explicit additive mask, for callers that bring their own.

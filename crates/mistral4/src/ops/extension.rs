@@ -5,7 +5,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, RopeSpec};
+use super::{AttentionSpec, LatentSpec, RopeSpec};
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -31,6 +31,20 @@ pub(super) trait FusedOps: Backend {
         v: FloatTensor<Self>,
         spec: AttentionSpec,
     ) -> FloatTensor<Self>;
+
+    /// See [`super::latent_attention`].
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        spec: LatentSpec,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::gated`].
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
+
+    /// See [`super::add`].
+    fn add(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`super::moe_experts`].
     fn moe_experts(
@@ -70,6 +84,24 @@ pub(super) fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: Attentio
         v.into_dispatch(),
         spec,
     ))
+}
+
+pub(super) fn latent_attention(
+    q: Tensor<3>,
+    latents: Tensor<2>,
+    kv_b: Tensor<2>,
+    spec: LatentSpec,
+) -> Tensor<3> {
+    let [q, latents, kv_b] = [q.into_dispatch(), latents.into_dispatch(), kv_b.into_dispatch()];
+    Tensor::from_dispatch(<Dispatch as FusedOps>::latent_attention(q, latents, kv_b, spec))
+}
+
+pub(super) fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), activation))
+}
+
+pub(super) fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as FusedOps>::add(a.into_dispatch(), b.into_dispatch()))
 }
 
 pub(super) fn moe_experts(

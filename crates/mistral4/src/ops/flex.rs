@@ -9,7 +9,7 @@ use mistral4_kernels as kernels;
 
 use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MoeInputs, RmsNormSaved};
 use super::extension::FusedOps;
-use super::{AttentionSpec, RopeSpec};
+use super::{AttentionSpec, LatentSpec, RopeSpec};
 
 type F = FloatTensor<Flex>;
 type I = IntTensor<Flex>;
@@ -152,6 +152,46 @@ impl FusedOps for Flex {
         Flex::attention_with_lse(q, k, v, &spec).0
     }
 
+    fn latent_attention(q: F, latents: F, kv_b: F, spec: LatentSpec) -> F {
+        let [tokens, heads, head_dim] = q.shape().dims();
+        let [_, rank] = kv_b.shape().dims();
+        let (nope, value_dim) = (spec.nope, spec.value_dim);
+        let [q, kv_b] = [q, kv_b].map(|t| t.to_contiguous());
+        let latents = if latents.layout().strides()[1] == 1 { latents } else { latents.to_contiguous() };
+        by_dtype!(q, T => {
+            let mut out = zeros::<T>(tokens * heads * value_dim);
+            let (latents, latent_stride) = strided::<T>(&latents);
+            let input = kernels::LatentAttention {
+                dims: kernels::LatentDims { heads, nope, rope: head_dim - nope, rank, value_dim, latent_stride },
+                q: slice::<T>(&q),
+                latents,
+                kv_b: slice::<T>(&kv_b),
+                segments: &spec.attention.segments,
+                scale: spec.attention.scale as f32,
+            };
+            kernels::latent_attention(&input, &mut out);
+            tensor(out, [tokens, heads, value_dim])
+        })
+    }
+
+    fn gated(gate: F, up: F, activation: Activation) -> F {
+        let [gate, up] = [gate, up].map(|t| t.to_contiguous());
+        by_dtype!(gate, T => {
+            let mut out = zeros::<T>(elements(&gate));
+            kernels::gated(kernel_activation(activation), slice::<T>(&gate), slice::<T>(&up), &mut out);
+            tensor(out, gate.shape())
+        })
+    }
+
+    fn add(a: F, b: F) -> F {
+        let [a, b] = [a, b].map(|t| t.to_contiguous());
+        by_dtype!(a, T => {
+            let mut out = zeros::<T>(elements(&a));
+            kernels::add(slice::<T>(&a), slice::<T>(&b), &mut out);
+            tensor(out, a.shape())
+        })
+    }
+
     fn moe_experts(x: F, indices: I, weights: F, gate_up: F, down: F, activation: Activation) -> F {
         let dims = expert_dims(&x, &indices, &gate_up);
         let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
@@ -264,6 +304,16 @@ impl BackwardKernels for Flex {
             );
             let [q, k, v] = shapes;
             [tensor(dq, q), tensor(dk, k), tensor(dv, v)]
+        })
+    }
+
+    fn gated_backward([gate, up, dout]: [F; 3], activation: Activation) -> [F; 2] {
+        let [gate, up, dout] = [gate, up, dout].map(|t| t.to_contiguous());
+        by_dtype!(gate, T => {
+            let [mut dgate, mut dup] = [&gate, &up].map(|t| zeros::<T>(elements(t)));
+            let inputs = [slice::<T>(&gate), slice::<T>(&up), slice::<T>(&dout)];
+            kernels::gated_backward(kernel_activation(activation), inputs, [&mut dgate, &mut dup]);
+            [dgate, dup].map(|d| tensor(d, gate.shape()))
         })
     }
 

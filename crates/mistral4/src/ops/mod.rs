@@ -121,6 +121,58 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) 
     composite::attention(q, k, v, spec)
 }
 
+/// Sizes and mask of attention over cached latents.
+#[derive(Debug, Clone)]
+pub struct LatentSpec {
+    /// Scale and segments; key rows are slots of the cache.
+    pub attention: AttentionSpec,
+    /// Entries of a query that meet the latent; the rotated part follows them.
+    pub nope: usize,
+    /// Entries of a head's output.
+    pub value_dim: usize,
+}
+
+/// Multi-head latent attention over cached latents in the absorbed form: `kv_b` is applied to queries and outputs.
+///
+/// For inference: the fused body has no gradient, so tensors that ask for one take the composite body.
+///
+/// Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.2.
+///
+/// # Shapes
+/// - `q`: `[T, N, nope + rope]`, `latents`: `[slots, R + rope]`, `kv_b`: `[N * (nope + v), R]`
+/// - output: `[T, N, v]`
+pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: LatentSpec) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if is_fused(&q.device()) && !q.is_tracked() && !latents.is_tracked() && !kv_b.is_tracked() {
+        return extension::latent_attention(q, latents, kv_b, spec);
+    }
+    composite::latent_attention(q, latents, kv_b, spec)
+}
+
+/// `act(gate) * up`.
+///
+/// # Shapes
+/// - `gate`, `up`, output: `[rows, F]`
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&gate.device()) {
+        return extension::gated(gate, up, activation);
+    }
+    composite::gated(gate, up, activation)
+}
+
+/// `a + b`, as on the residual stream.
+///
+/// # Shapes
+/// - `a`, `b`, output: `[rows, D]`
+pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&a.device()) {
+        return extension::add(a, b);
+    }
+    a + b
+}
+
 /// Routed gated feed-forward: each token goes through its K experts, weighted and summed.
 ///
 /// # Shapes

@@ -167,6 +167,46 @@ fn attention_reads_values_inside_of_keys() {
 }
 
 #[test]
+fn latent_attention_equals_composite_over_a_strided_cache() {
+    let (tokens, heads, nope, rope, rank, value_dim) = (3, 4, 5, 6, 10, 7);
+    // The cache has room for more slots than are read, as a growing cache has.
+    let latents = random([9, rank + rope], 30).slice_dim(0, 0..8);
+    let q = random([tokens, heads, nope + rope], 31);
+    let kv_b = random([heads * (nope + value_dim), rank], 32);
+    let segments: Arc<[Segment]> = vec![Segment { q: 0..3, k: 1..8, causal: Some(4) }].into();
+    let spec = LatentSpec { attention: AttentionSpec { scale: 0.5, segments }, nope, value_dim };
+    let got = values(latent_attention(q.clone(), latents.clone(), kv_b.clone(), spec.clone()));
+    let want = values(composite::latent_attention(q.clone(), latents.clone(), kv_b.clone(), spec.clone()));
+    assert_close("latent_attention", &got, &want, 1e-6);
+
+    // Asked for a gradient, it gives one.
+    let kv_b = kv_b.autodiff().require_grad();
+    let out = latent_attention(q.autodiff(), latents.autodiff(), kv_b.clone(), spec);
+    let mut grads = out.sum().backward();
+    assert!(values(kv_b.grad_remove(&mut grads).unwrap()).iter().any(|&g| g != 0.0));
+}
+
+#[test]
+fn gated_and_add_equal_composite() {
+    let (rows, width) = (7, 13);
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let shaped = |x: Tensor<1>| x.reshape([rows, width]);
+        compare(
+            "gated",
+            [random([rows * width], 33), random([rows * width], 34)],
+            |[gate, up]| gated(shaped(gate), shaped(up), activation),
+            |[gate, up]| composite::gated(shaped(gate), shaped(up), activation),
+        );
+        compare(
+            "add",
+            [random([rows * width], 35), random([rows * width], 36)],
+            |[a, b]| add(shaped(a), shaped(b)),
+            |[a, b]| shaped(a) + shaped(b),
+        );
+    }
+}
+
+#[test]
 fn moe_experts_equals_composite_with_idle_experts() {
     let (tokens, hidden, inter, experts, top_k) = (17, 12, 9, 5, 2);
     // Expert 3 gets no token.
