@@ -102,7 +102,7 @@ pub fn latent_attention<T: Element>(input: &LatentAttention<'_, T>, out: &mut [T
             let to_value = &input.kv_b[first * d.rank..(first + d.value_dim) * d.rank];
             let sums = Matrix { data: &sums[head * d.rank..], row_stride: d.heads * d.rank, col_stride: 1 };
             let product = GemmDims { m: tokens, n: d.value_dim, k: d.rank };
-            let c = MatrixMut { data: &mut *block, row_stride: d.value_dim };
+            let c = MatrixMut { data: &mut block, row_stride: d.value_dim };
             gemm(product, sums, Matrix::transposed(to_value, d.rank), c, false);
             for (token, values) in block.chunks_exact(d.value_dim.max(1)).enumerate() {
                 let start = (token * d.heads + head) * d.value_dim;
@@ -126,7 +126,7 @@ fn to_latent<T: Element>(input: &LatentAttention<'_, T>, tokens: usize, out: &mu
             let q = &input.q[head * head_dim..];
             let queries = Matrix { data: q, row_stride: heads * head_dim, col_stride: 1 };
             let product = GemmDims { m: tokens, n: d.rank, k: d.nope };
-            let c = MatrixMut { data: &mut *block, row_stride: d.rank };
+            let c = MatrixMut { data: &mut block, row_stride: d.rank };
             gemm(product, queries, Matrix::rows(to_key, d.rank), c, false);
             for (token, values) in block.chunks_exact(d.rank.max(1)).enumerate() {
                 let start = (token * heads + head) * d.width();
