@@ -77,6 +77,12 @@ def ours(binary: Path, folder: Path, policy: str, inputs: dict[str, torch.Tensor
         return load_file(output)
 
 
+def prompt(folder: Path) -> dict[str, torch.Tensor]:
+    """A prompt that fits the model of a folder, with two images for a multimodal one."""
+    config = json.loads((folder / "config.json").read_text())
+    return make_inputs("two_images" if config["model_type"] == "mistral3" else "two_rows", config, seed=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -92,7 +98,6 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
 
     model, report = load(options.folder, options.policy)
-    config = json.loads((options.folder / "config.json").read_text())
     print(f"transformers {transformers.__version__}, {type(model).__name__}, policy {options.policy}")
     print(f"parameters: {sum(parameter.numel() for parameter in model.parameters())}")
     failed = False
@@ -103,7 +108,7 @@ def main() -> None:
         failed |= bool(keys)
 
     if options.binary:
-        inputs = make_inputs("two_images" if config["model_type"] == "mistral3" else "two_rows", config, seed=0)
+        inputs = prompt(options.folder)
         theirs = ours(options.binary.resolve(), options.folder, options.policy, inputs)
     else:
         inputs, theirs = load_file(options.inputs), load_file(options.outputs)

@@ -28,7 +28,7 @@ from model_cases import Case
 from model_inputs import FIRST_WORD, PAD
 from model_weights import draw_all, store, stored_key, write_checkpoint
 
-ROWS = 120
+ROWS = 200
 CASES = [
     Case("text"),
     Case("multimodal", wrapper={}, text={"first_k_dense_replace": 1, "attention_bias": True}),

@@ -113,6 +113,26 @@ pub enum Error {
         /// Why.
         problem: String,
     },
+    /// Settings of adapters that contradict each other or the model.
+    #[error("`{key}: {value}`: {problem}")]
+    AdapterSettings {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An adapter that does not belong to the model, or of a kind that is not read.
+    #[error("{}: `{key}`: {problem}", file.display())]
+    Adapter {
+        /// The file.
+        file: PathBuf,
+        /// Key of the setting or tensor.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The hub did not deliver.
     #[error("{model}: {problem}; {fix}")]
     Hub {

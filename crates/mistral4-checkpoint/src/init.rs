@@ -56,12 +56,12 @@ pub fn initial_tensor(spec: &TensorSpec, config: &Config, seed: u64) -> Vec<f32>
 }
 
 /// Random numbers of one parameter, each a function of its index.
-struct Stream {
+pub(crate) struct Stream {
     key: [u32; 2],
 }
 
 impl Stream {
-    fn new(seed: u64, name: &str) -> Self {
+    pub(crate) fn new(seed: u64, name: &str) -> Self {
         // FNV-1a over the name, then the finaliser of SplitMix64 to spread seed and name over all bits.
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -74,15 +74,22 @@ impl Stream {
     }
 
     /// Two independent standard normal numbers, by the method of Box and Muller.
-    fn normals(&self, pair: u64, attempt: u32) -> [f64; 2] {
+    pub(crate) fn normals(&self, pair: u64, attempt: u32) -> [f64; 2] {
         let [a, b, c, d] = philox4x32([pair as u32, (pair >> 32) as u32, attempt, 0], self.key);
-        let uniform = |high: u32, low: u32| {
-            ((u64::from(high) << 21 | u64::from(low) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-        };
         let radius = (-2.0 * uniform(a, b).ln()).sqrt();
         let (sin, cos) = (std::f64::consts::TAU * uniform(c, d)).sin_cos();
         [radius * cos, radius * sin]
     }
+
+    /// A number between 0 and 1.
+    pub(crate) fn uniform(&self, index: u64) -> f64 {
+        let [a, b, ..] = philox4x32([index as u32, (index >> 32) as u32, 0, 1], self.key);
+        uniform(a, b)
+    }
+}
+
+fn uniform(high: u32, low: u32) -> f64 {
+    ((u64::from(high) << 21 | u64::from(low) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
 }
 
 /// The counter-based generator Philox4x32 with 10 rounds.

@@ -1,5 +1,6 @@
 //! Configuration and weights of Mistral 4 checkpoints: config.json, params.json, safetensors, FP8, hub.
 
+pub mod adapter;
 pub mod config;
 mod error;
 pub mod hub;

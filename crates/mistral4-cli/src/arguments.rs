@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::builder::PossibleValue;
 use clap::error::ErrorKind as ClapErrorKind;
@@ -49,6 +50,8 @@ pub enum Command {
     Inspect(commands::inspect::InspectArguments),
     /// Write a checkpoint in another form or number format
     Convert(commands::convert::ConvertArguments),
+    /// Fold an adapter into the weights of its base model
+    Merge(commands::merge::MergeArguments),
     /// Write a checkpoint with random weights
     Init(commands::init::InitArguments),
     /// Measure speed and memory with random weights
@@ -107,6 +110,9 @@ pub struct ModelArguments {
     /// Checkpoint folder, or an id of the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     pub model: String,
+    /// Folder of a low-rank adapter to use with it, in the form of the peft library
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// Softmax scale, whatever the model's configuration says: standard or yarn-mscale
     #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub softmax_scale: Option<SoftmaxScalePolicy>,

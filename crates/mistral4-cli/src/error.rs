@@ -168,6 +168,14 @@ impl From<CheckpointError> for Error {
             E::Unrepresentable { format, .. } => {
                 Error::from_library(ErrorKind::Input, &error, format!("choose a form other than {format}"))
             }
+            E::AdapterSettings { .. } => {
+                Error::from_library(ErrorKind::Input, &error, "change the recipe's `peft` section")
+            }
+            E::Adapter { .. } => Error::from_library(
+                ErrorKind::Input,
+                &error,
+                "give the adapter's own base model, and an adapter in the form of the peft library",
+            ),
             E::Hub { model, problem, fix } => input(format!("{model}: {problem}"), fix),
             _ => Error::from_library(ErrorKind::Input, &error, "check the model folder"),
         }

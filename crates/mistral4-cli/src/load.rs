@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use mistral4::Mistral4;
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::{CheckpointSource, ParameterSource, QuantizedSource};
+use mistral4::weights::{AdaptedSource, CheckpointSource, ParameterSource, QuantizedSource, SourceAdapter};
+use mistral4_checkpoint::adapter::Adapter;
 use mistral4_checkpoint::config::ConfigOptions;
 use mistral4_checkpoint::hub::{self, HubOptions};
 use mistral4_checkpoint::weights::{
@@ -88,32 +89,44 @@ pub fn load_model(
     options: &ConfigOptions,
     device: &Device,
 ) -> Result<Loaded> {
-    load_folder(&model_folder(model)?, dtype, Weights::AsStored, options, device)
+    let base = Base { folder: &model_folder(model)?, adapter: None };
+    load_folder(base, dtype, Weights::AsStored, options, device)
 }
 
-/// As [`load_model`], for a folder.
+/// Where a model lies.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Base<'a> {
+    /// Its checkpoint.
+    pub(crate) folder: &'a Path,
+    /// The folder of an adapter to use with it.
+    pub(crate) adapter: Option<&'a Path>,
+}
+
+/// As [`load_model`], for a folder, with the adapter of another one.
 ///
 /// # Errors
-/// As [`open_checkpoint`], or when a tensor cannot be read.
+/// As [`open_checkpoint`] and [`Adapter::open`], or when a tensor cannot be read.
 pub(crate) fn load_folder(
-    folder: &Path,
+    base: Base<'_>,
     dtype: Option<DType>,
     weights: Weights,
     options: &ConfigOptions,
     device: &Device,
 ) -> Result<Loaded> {
-    let checkpoint = open_checkpoint(folder, options)?;
+    let checkpoint = open_checkpoint(base.folder, options)?;
+    let adapter = base.adapter.map(|folder| Adapter::open(folder, checkpoint.config())).transpose()?;
     let dtype = dtype.unwrap_or_else(|| stored_dtype(&checkpoint));
-    let model = build(&checkpoint, dtype, weights, device)?;
+    let model = build(&checkpoint, adapter.as_ref(), dtype, weights, device)?;
     Ok(Loaded { model, checkpoint, dtype })
 }
 
-/// Builds the model of a checkpoint that has been checked.
+/// Builds the model of a checkpoint that has been checked; with an adapter, that alone may be trained.
 ///
 /// # Errors
 /// When a tensor cannot be read.
 pub(crate) fn build(
     checkpoint: &Checkpoint,
+    adapter: Option<&Adapter>,
     dtype: DType,
     weights: Weights,
     device: &Device,
@@ -128,7 +141,13 @@ pub(crate) fn build(
         source: quantized.as_ref().map_or(&dense as &dyn ParameterSource, |source| source),
         progress: Progress::new("loading weights", checkpoint.tensors().len() as u64),
     };
-    Ok(Mistral4::new(checkpoint.config(), MoeOptions::default(), &source, device)?)
+    let model = |source: &dyn ParameterSource| {
+        Mistral4::new(checkpoint.config(), MoeOptions::default(), source, device)
+    };
+    Ok(match adapter {
+        None => model(&source)?,
+        Some(adapter) => model(&AdaptedSource::new(&source, adapter))?.freeze_base(),
+    })
 }
 
 /// The format in which to hold weights that are stored so: f32 if the embeddings are, else bf16.
@@ -160,5 +179,9 @@ impl ParameterSource for Counting<'_> {
 
     fn dtype(&self) -> DType {
         self.source.dtype()
+    }
+
+    fn adapter(&self, module: &str, shape: &[usize]) -> mistral4::Result<Option<SourceAdapter>> {
+        self.source.adapter(module, shape)
     }
 }

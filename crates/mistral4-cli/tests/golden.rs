@@ -1,4 +1,5 @@
-//! `forward` against what transformers computed, for every fixture under `tests/golden/model`.
+//! `forward` against what transformers (and peft, for adapters) computed, for every fixture under `tests/golden/model`
+//! and `tests/golden/adapter`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,9 +24,10 @@ struct Case {
 }
 
 fn fixtures() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/model");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+    let entries = ["model", "adapter"].map(|kind| std::fs::read_dir(root.join(kind)).unwrap());
     let mut folders: Vec<PathBuf> =
-        std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
+        entries.into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
     folders.retain(|folder| folder.join("case.json").is_file());
     folders.sort();
     folders
@@ -92,7 +94,11 @@ fn problems(fixture: &Path) -> Vec<String> {
         "--outputs".into(),
         "not-written".into(),
     ];
-    let arguments = start.into_iter().chain(case.flags.iter().map(OsString::from));
+    let adapter: Vec<OsString> = match fixture.join("adapter").is_dir() {
+        true => vec!["--adapter".into(), path("adapter")],
+        false => Vec::new(),
+    };
+    let arguments = start.into_iter().chain(adapter).chain(case.flags.iter().map(OsString::from));
     let arguments = Arguments::try_parse_from(arguments).unwrap();
     let Command::Forward(arguments) = arguments.command else { panic!("the command is forward") };
     let (arrays, _) = match commands::forward::compute(&arguments) {

@@ -37,7 +37,8 @@ pub use attention::{
 };
 pub use element::{Element, Index};
 pub use experts::{
-    Activation, ExpertDims, ExpertGrads, Experts, gated, gated_backward, moe_experts, moe_experts_backward,
+    Activation, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, gated, gated_backward, grouped_linear,
+    grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts, moe_experts_backward,
 };
 pub use gemm::{
     GemmDims, LinearDims, Matrix, MatrixMut, gemm, linear, linear_backward_input, linear_backward_weight,

@@ -191,7 +191,7 @@ pub fn evaluate(model: &Mistral4, batch: &LabelledInputs) -> Result<f64> {
         x = layer.forward(x, &context, None).0;
     }
     let labels = batch.labels(&x.device());
-    let loss = ops::linear_cross_entropy(text.model.norm.forward(x), text.lm_head.weight.val(), labels);
+    let loss = text.lm_head.cross_entropy(text.model.norm.forward(x), labels);
     Ok(f64::from(loss.into_scalar::<f32>()))
 }
 
@@ -220,7 +220,7 @@ fn whole(
         }
     }
     let labels = batch.labels(&x.device().without_autodiff());
-    let loss = ops::linear_cross_entropy(text.model.norm.forward(x), text.lm_head.weight.val(), labels);
+    let loss = text.lm_head.cross_entropy(text.model.norm.forward(x), labels);
     measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
     let total = add(total, loss * scale.per_token).expect("the cross entropy was just added");
     if total.is_tracked() {
@@ -324,7 +324,7 @@ impl<'a> LayerPass<'a> {
         let lm_head = text.lm_head.clone().train();
         let labels = self.batch.labels(&self.x.device());
         let leaf = self.x.clone().autodiff().require_grad();
-        let loss = ops::linear_cross_entropy(norm.forward(leaf.clone()), lm_head.weight.val(), labels);
+        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels);
         self.measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
         let mut from = (loss * self.scale.per_token).backward();
         gradients.collect(&norm, &format!("{prefix}model.norm."), &mut from);

@@ -18,7 +18,7 @@ use mistral4_processor::{Processor, RenderOptions, SourceImage, SpecialTokens};
 use crate::backward::images;
 use crate::data::optdigits::{OptDigits, QUESTIONS, read_answer};
 use crate::error::{Error, Result};
-use crate::recipe::{DatasetConfig, Override, Recipe, Split};
+use crate::recipe::{DatasetConfig, DigitsTask, Override, Recipe, Split};
 use crate::trainer::{self, Event, Run};
 
 /// The recipe, as `mistral4 train` runs it.
@@ -97,16 +97,9 @@ pub fn run(
         unreachable!("the recipe's data are the bundled digits")
     };
     let digits = OptDigits::load();
-    let held_out: Vec<usize> = digits.split(Split::Validation).collect();
-    let mut correct = 0;
-    let mut answers = Vec::with_capacity(held_out.len());
-    for indices in held_out.chunks(BATCH) {
-        let batch = ask(&model, &processor, &digits, indices, image_size, device)?;
-        correct +=
-            indices.iter().zip(&batch).filter(|(i, a)| read_answer(a) == Some(digits.label(**i))).count();
-        answers.extend(batch);
-    }
-    let shown = held_out[0];
+    let exam = Exam { digits: &digits, task: DigitsTask::Name, side: image_size };
+    let (correct, mut answers) = exam.take(&model, &processor, device)?;
+    let shown = digits.split(Split::Validation).start;
     let image = out.join("held_out_digit.png");
     digits
         .image(shown, 256)
@@ -118,21 +111,52 @@ pub fn run(
         answer: answers.swap_remove(0),
         digit: digits.label(shown),
     };
-    Ok(Outcome { run, model_dir, correct: (correct, held_out.len()), example })
+    Ok(Outcome { run, model_dir, correct, example })
+}
+
+/// Questions about every held-out digit.
+pub struct Exam<'a> {
+    /// The images.
+    pub digits: &'a OptDigits,
+    /// What is asked.
+    pub task: DigitsTask,
+    /// Side of an image, in pixels.
+    pub side: u32,
+}
+
+impl Exam<'_> {
+    /// How many answers are right, of how many, and the answers.
+    ///
+    /// # Errors
+    /// A processor that does not fit the model.
+    pub fn take(
+        &self,
+        model: &Mistral4,
+        processor: &Processor,
+        device: &Device,
+    ) -> Result<((usize, usize), Vec<String>)> {
+        let held_out: Vec<usize> = self.digits.split(Split::Validation).collect();
+        let mut answers = Vec::with_capacity(held_out.len());
+        for indices in held_out.chunks(BATCH) {
+            answers.extend(ask(model, processor, self, indices, device)?);
+        }
+        let wanted = held_out.iter().map(|&index| Some(self.task.wanted(self.digits.label(index))));
+        let correct = wanted.zip(&answers).filter(|(wanted, answer)| read_answer(answer) == *wanted).count();
+        Ok(((correct, held_out.len()), answers))
+    }
 }
 
 /// The model's answers about some images, greedy.
 fn ask(
     model: &Mistral4,
     processor: &Processor,
-    digits: &OptDigits,
+    exam: &Exam<'_>,
     indices: &[usize],
-    side: u32,
     device: &Device,
 ) -> Result<Vec<String>> {
     let request = |&index: &usize| -> Result<Request> {
-        let conversation = OptDigits::conversation(QUESTIONS[index % QUESTIONS.len()], None);
-        let picture = SourceImage::from_dynamic(digits.image(index, side).into());
+        let conversation = OptDigits::conversation(exam.task.question(index), None);
+        let picture = SourceImage::from_dynamic(exam.digits.image(index, exam.side).into());
         let rendered = processor.render(&conversation, &[picture], &RenderOptions::default())?;
         Ok(Request {
             input_ids: rendered.ids,

@@ -1,13 +1,16 @@
 //! From a recipe to the model, tokenizer and data it names.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
 use mistral4::model::Mistral4;
+use mistral4::model::dropout::DropoutSeed;
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::{CheckpointSource, InitialSource};
-use mistral4_checkpoint::config::{ConfigFile, ConfigOptions, SoftmaxScalePolicy, preset_names};
+use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, ParameterSource};
+use mistral4_checkpoint::adapter::{Adapter, Target};
+use mistral4_checkpoint::config::{Config, ConfigFile, ConfigOptions, SoftmaxScalePolicy, preset_names};
 use mistral4_checkpoint::hub::{self, HubOptions};
 use mistral4_checkpoint::weights::{Checkpoint, DType};
 use mistral4_processor::Processor;
@@ -18,7 +21,8 @@ use crate::checkpoint::Saved;
 use crate::data::{DataContext, learn_tokenizer};
 use crate::error::{Error, Result};
 use crate::recipe::{
-    FreezeConfig, ModelConfig, ModelSource, Recipe, SoftmaxScaleOverride, TokenizerSource, TorchDtype,
+    FreezeConfig, ModelConfig, ModelSource, PeftConfig, Recipe, SoftmaxScaleOverride, TokenizerSource,
+    TorchDtype,
 };
 
 /// Everything of a run that comes from its recipe, before the first step.
@@ -33,6 +37,10 @@ pub struct Setup {
     pub processor: Option<Arc<Processor>>,
     /// Folder whose tokenizer and processor files go along with every checkpoint.
     pub carry_from: Option<PathBuf>,
+    /// The adapters that are trained, as they began; `None` where the weights themselves are.
+    pub adapter: Option<Adapter>,
+    /// Switches their dropout.
+    pub dropout: DropoutSeed,
 }
 
 impl Setup {
@@ -57,21 +65,37 @@ impl Setup {
             fake_balanced_gate: recipe.model.fake_balanced_gate,
         };
         let Base { config, dtype, folder, checkpoint } = Base::open(&recipe.model, &options)?;
-        let checkpoint = match saved {
-            Some(saved) => Some(saved_weights(saved, recipe.rng.seed, &config, dtype, &options)?),
-            None => checkpoint,
+        if let Some(saved) = saved.filter(|saved| saved.is_adapter() != recipe.peft.is_some()) {
+            let say = |adapter| if adapter { "adapters" } else { "the weights themselves" }.to_owned();
+            let key = "what is trained (`peft`)";
+            return Err(saved.incompatible(key, say(saved.is_adapter()), say(recipe.peft.is_some())));
+        }
+        let checkpoint = match (saved, &recipe.peft) {
+            (Some(saved), None) => Some(saved_weights(saved, recipe.rng.seed, &config, dtype, &options)?),
+            _ => checkpoint,
         };
-        let model = match &checkpoint {
-            Some(checkpoint) => {
-                checkpoint.check(&checkpoint.tensors())?;
-                Mistral4::new(&config.config, moe, &CheckpointSource { checkpoint, dtype }, device)?
-            }
-            None => {
-                let source = InitialSource::new(&config.config, recipe.rng.seed, dtype);
-                Mistral4::new(&config.config, moe, &source, device)?
+        let dropout = DropoutSeed::default();
+        let (model, adapter) = {
+            let source: Box<dyn ParameterSource> = match &checkpoint {
+                Some(checkpoint) => {
+                    checkpoint.check(&checkpoint.tensors())?;
+                    Box::new(CheckpointSource { checkpoint, dtype })
+                }
+                None => Box::new(InitialSource::new(&config.config, recipe.rng.seed, dtype)),
+            };
+            match &recipe.peft {
+                None => {
+                    let model = Mistral4::new(&config.config, moe, source.as_ref(), device)?;
+                    (model.freeze(frozen(recipe.freeze_config)), None)
+                }
+                Some(peft) => {
+                    let adapter = adapters(recipe, peft, (&config.config, dtype), source.as_ref(), saved)?;
+                    let adapted = AdaptedSource::new(source.as_ref(), &adapter);
+                    let adapted = adapted.with_dropout(peft.dropout, peft.dropout_position, dropout.clone());
+                    (Mistral4::new(&config.config, moe, &adapted, device)?.freeze_base(), Some(adapter))
+                }
             }
         };
-        let model = model.freeze(frozen(recipe.freeze_config));
         let (processor, carry_from) = processor(recipe, &config, folder, saved)?;
         if let Some(processor) = &processor {
             let (tokens, rows) = (processor.tokenizer().vocab_size(), config.config.text.vocab_size);
@@ -85,7 +109,7 @@ impl Setup {
                 });
             }
         }
-        Ok(Self { model, config, dtype, processor, carry_from })
+        Ok(Self { model, config, dtype, processor, carry_from, adapter, dropout })
     }
 
     /// What data sets need to know.
@@ -141,6 +165,51 @@ impl Base {
             }
         }
     }
+}
+
+/// New adapters, or those of a checkpoint of the run, which must be the recipe's over the same base.
+fn adapters(
+    recipe: &Recipe,
+    peft: &PeftConfig,
+    (config, dtype): (&Config, DType),
+    source: &dyn ParameterSource,
+    saved: Option<&Saved>,
+) -> Result<Adapter> {
+    let base_model = match &recipe.model.source {
+        ModelSource::Pretrained(name) | ModelSource::FromConfig(name) => name.clone(),
+    };
+    let Some(saved) = saved else {
+        let weight = |target: &Target| source.tensor(&target.weight_key(), &target.shape, true);
+        let lora_dtype = peft.lora_dtype.unwrap_or(dtype);
+        let adapter = peft.lora.adapter::<mistral4::Error>(config, recipe.rng.seed, lora_dtype, weight)?;
+        return Ok(Adapter { base_model: Some(base_model), ..adapter });
+    };
+    saved.check(recipe.rng.seed, dtype, config.softmax_scale.policy.name())?;
+    let adapter = Adapter::open(&saved.model_folder(), config)?;
+    let was = adapter.base_model.clone().unwrap_or_default();
+    if was != base_model {
+        return Err(saved.incompatible("the base model of the adapter", was, base_model));
+    }
+    let plan: BTreeMap<String, usize> =
+        peft.lora.plan(config)?.into_iter().map(|(target, rank)| (target.name, rank)).collect();
+    let ranks: BTreeMap<String, usize> =
+        adapter.modules.iter().map(|(name, lora)| (name.clone(), lora.rank())).collect();
+    let differs = |name: &&String| plan.get(*name) != ranks.get(*name);
+    if let Some(name) = plan.keys().chain(ranks.keys()).find(differs) {
+        let say = |rank: Option<&usize>| rank.map_or("none".to_owned(), usize::to_string);
+        let key = format!("the rank of the adapter of `{name}`");
+        return Err(saved.incompatible(&key, say(ranks.get(name)), say(plan.get(name))));
+    }
+    for (name, lora) in &adapter.modules {
+        let scale = peft.lora.alpha / lora.rank() as f64;
+        if lora.scale != scale || lora.magnitude.is_some() != peft.lora.use_dora {
+            let say = |scale, dora| format!("scale {scale}, DoRA {dora}");
+            let key = format!("the adapter of `{name}`");
+            let was = say(lora.scale, lora.magnitude.is_some());
+            return Err(saved.incompatible(&key, was, say(scale, peft.lora.use_dora)));
+        }
+    }
+    Ok(adapter)
 }
 
 /// The weights of a checkpoint of the run, which must be of the recipe's model.

@@ -159,6 +159,7 @@ fn train(
         let mut factors =
             StepFactors { lr: t.schedule.lr(at.step), weight_decay: t.schedule.wd(at.step), grad_scale: 1.0 };
         let mut gradients = Gradients::default();
+        t.setup.dropout.begin(recipe.rng.seed, at.step);
         let (Measured { sum: measured, batches }, grad_norm) = if recipe.optimizer_in_bwd {
             let batch = next.batches.remove(0);
             let (model, measured, norm) =
@@ -166,10 +167,11 @@ fn train(
             t.setup.model = model;
             (measured, norm)
         } else {
-            let (model, batches) = (&t.setup.model, next.batches);
-            let measured = accumulate(model, batches, label_tokens, activations, &mut gradients, device)?;
+            let (setup, batches) = (&t.setup, next.batches);
+            let measured = accumulate(setup, batches, label_tokens, activations, &mut gradients, device)?;
             (measured, gradients.norm())
         };
+        t.setup.dropout.end();
         let loss = measured.loss_sum / label_tokens.max(1) as f64;
         let verdict = t.guard.judge(&StepOutcome { step: at.step, loss, grad_norm, batches: &batches })?;
         if let Verdict::Report(message) | Verdict::Skip(_, message) = &verdict {
@@ -264,6 +266,7 @@ impl Training {
                 config: self.setup.config.clone(),
                 dtype: self.setup.dtype,
                 carry_from: self.setup.carry_from.clone(),
+                adapter: self.setup.adapter.clone(),
             },
             optimizer: self.optimizer.state().clone(),
             loader: self.loader.state(),

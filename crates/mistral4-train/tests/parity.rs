@@ -1,18 +1,20 @@
-//! Thirty steps against transformers and torch's AdamW, and the two ways of finding activations against each other.
+//! Fifty steps against transformers and torch's AdamW, and the two ways of finding activations against each other.
 //!
-//! The fixtures are made by `tools/golden/training.py`.
+//! The fixtures are made by `tools/golden/training.py` and, where there are images or adapters, `tools/golden/adapters.py`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use burn::tensor::{Device, Tensor};
-use mistral4::checkpoint::config::{Config, ConfigFile, ConfigOptions};
-use mistral4::checkpoint::weights::DType;
+use burn::tensor::{Device, Tensor, TensorData};
+use mistral4::checkpoint::adapter::Adapter;
+use mistral4::checkpoint::config::{Config, ConfigFile, ConfigOptions, SoftmaxScalePolicy};
+use mistral4::checkpoint::weights::{Checkpoint, DType};
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::InitialSource;
-use mistral4::{Mistral4, ModelInputs};
+use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, ParameterSource};
+use mistral4::{Images, Mistral4, ModelInputs};
 use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
+use mistral4_train::optim::{Optimizer, StepFactors};
 use mistral4_train::recipe::{Override, Recipe};
 use mistral4_train::trainer;
 use serde_json::Value;
@@ -76,6 +78,110 @@ fn two_micro_batches_are_one_batch() {
 #[test]
 fn recomputed_activations_train_alike() {
     follow("text", "training.jsonl", &[("distributed.activation_checkpointing", "true")]);
+}
+
+/// The tensors of a safetensors file: shape and bytes.
+fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |(key, view): (String, safetensors::tensor::TensorView)| {
+        (key, (view.shape().to_vec(), view.data().to_vec()))
+    };
+    file.tensors().into_iter().map(tensor).collect()
+}
+
+/// The batch of a step, labels moved to the place of the token before.
+fn step_batch(steps: &BTreeMap<String, (Vec<usize>, Vec<u8>)>, step: usize) -> LabelledInputs {
+    let integers = |name: &str| -> Vec<i64> {
+        let bytes = &steps[&format!("{step}.{name}")].1;
+        bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
+    };
+    let [rows, length] = steps[&format!("{step}.input_ids")].0[..] else { panic!("rows of ids") };
+    let mut inputs = ModelInputs::rows(integers("input_ids").into_iter().map(|id| id as u32).collect(), rows);
+    if steps.contains_key(&format!("{step}.attention_mask")) {
+        inputs = inputs.with_attention_mask(integers("attention_mask").into_iter().map(|m| m == 1).collect());
+    }
+    if let Some((shape, bytes)) = steps.get(&format!("{step}.pixel_values")) {
+        let pixels: Vec<f32> =
+            bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let pixels = TensorData::new(pixels, shape.clone());
+        let sizes = integers("image_sizes");
+        inputs.images = Some(Images {
+            pixel_values: Tensor::from_data(pixels, &Device::flex()),
+            image_sizes: sizes.chunks_exact(2).map(|size| (size[0] as usize, size[1] as usize)).collect(),
+        });
+    }
+    let labels = integers("labels");
+    let next = |i: usize| if i % length == length - 1 { -100 } else { labels[i + 1] };
+    LabelledInputs { inputs, labels: (0..labels.len()).map(next).collect() }
+}
+
+/// Takes the steps of a fixture, with its adapter if it has one, and compares every step's loss and gradient norm.
+fn follow_batches(case: &str, activations: Activations) {
+    let case = fixtures().join(case);
+    let options = ConfigOptions { softmax_scale: Some(SoftmaxScalePolicy::Standard) };
+    let checkpoint = Checkpoint::open(&case.join("model"), &options).unwrap();
+    let base = CheckpointSource { checkpoint: &checkpoint, dtype: DType::F32 };
+    let build = |source: &dyn ParameterSource| {
+        Mistral4::new(checkpoint.config(), MoeOptions::default(), source, &Device::flex()).unwrap()
+    };
+    let adapter = case.join("adapter");
+    let mut model = match adapter.is_dir() {
+        true => {
+            let adapter = Adapter::open(&adapter, checkpoint.config()).unwrap();
+            build(&AdaptedSource::new(&base, &adapter)).freeze_base()
+        }
+        false => build(&base),
+    };
+    let description: Value = serde_json::from_slice(&std::fs::read(case.join("case.json")).unwrap()).unwrap();
+    let settings = &description["optimizer"];
+    let recipe = format!(
+        "recipe: FinetuneRecipeForVLM\nmodel: {{config: tiny}}\ndataset: {{_target_: optdigits}}\n\
+         optimizer: {{_target_: AdamW, lr: {}, betas: {}, eps: {}, weight_decay: {}}}\n",
+        settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"]
+    );
+    let recipe = Recipe::parse("recipe.yaml", recipe.as_bytes(), &[], &|_| None).unwrap();
+    let number = |value: &Value| value.as_f64().unwrap();
+    let mut optimizer = Optimizer::new(recipe.optimizer);
+    let steps = tensors(&case.join("steps.safetensors"));
+    let want = lines(&case.join("training.jsonl"));
+    assert_eq!(want.len(), 50);
+    for (step, want) in want.iter().enumerate() {
+        let batch = step_batch(&steps, step);
+        let tokens = batch.labels.iter().filter(|&&label| label >= 0).count() as f64;
+        let mut gradients = Gradients::default();
+        let scale = LossScale { per_token: 1.0 / tokens, aux: 0.0 };
+        let measured = forward_backward(&model, &batch, scale, activations, &mut gradients).unwrap();
+        let (loss, norm) = (measured.loss_sum / tokens, gradients.norm());
+        for (name, is, tolerance) in [("loss", loss, 1e-3), ("grad_norm", norm, 1e-2)] {
+            let want = number(&want[name]);
+            assert!((is - want).abs() <= tolerance * want, "step {step}: {name} {is} against {want}");
+        }
+        let factors = StepFactors {
+            lr: number(&settings["lr"]),
+            weight_decay: number(&settings["weight_decay"]),
+            grad_scale: (number(&settings["max_norm"]) / (norm + 1e-6)).min(1.0),
+        };
+        model = optimizer.step(model, gradients, factors);
+    }
+    let (first, last) = (number(&want[0]["loss"]), number(&want[49]["loss"]));
+    assert!(last < 0.6 * first, "the reference learns: {first} to {last}");
+}
+
+#[test]
+fn a_model_with_images_trains_like_transformers() {
+    follow_batches("images", Activations::Kept);
+}
+
+#[test]
+fn adapters_of_a_text_model_train_like_peft() {
+    follow_batches("text_lora", Activations::Kept);
+    follow_batches("text_lora", Activations::Recomputed);
+}
+
+#[test]
+fn adapters_of_a_model_with_images_train_like_peft() {
+    follow_batches("images_lora", Activations::Kept);
 }
 
 fn config() -> Config {

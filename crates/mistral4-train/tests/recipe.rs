@@ -72,18 +72,20 @@ fn nemo_medpix_parses_unchanged_and_says_what_cannot_run() {
 }
 
 #[test]
-fn nemo_lora_parses_unchanged_and_says_what_cannot_run() {
+fn nemo_lora_parses_unchanged() {
     let recipe = parse(include_str!("recipes/nemo/mistral4_lora.yaml")).unwrap();
     let peft = recipe.peft.as_ref().unwrap();
-    assert_eq!((peft.target_modules.as_slice(), peft.dim, peft.alpha), (&["*".to_owned()][..], 32, 32.0));
-    assert!(peft.moe_rank_scaling && recipe.model.fake_balanced_gate);
+    let lora = &peft.lora;
+    assert_eq!((lora.target_modules.as_slice(), lora.dim, lora.alpha), (&["*".to_owned()][..], 32, 32.0));
+    assert!(lora.moe_rank_scaling && recipe.model.fake_balanced_gate);
+    assert_eq!((peft.dropout, recipe.model.gate_bias_update_factor), (0.0, 0.0));
     assert!(recipe.distributed.activation_checkpointing);
     assert_eq!(
         recipe.model.source,
         ModelSource::FromConfig("mistralai/Mistral-Small-4-119B-2603".to_owned())
     );
     let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(keys, ["peft", "distributed.ep_size"]);
+    assert_eq!(keys, ["distributed.ep_size"]);
 }
 
 #[test]

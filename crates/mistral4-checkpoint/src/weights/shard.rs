@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use serde_json::Value;
 
+use super::decode::{self, Element, RawTensor};
 use super::dtype::StoredDType;
+use super::host::{HostData, HostTensor};
 use crate::error::{Error, Result};
 use crate::json;
 
@@ -54,6 +56,24 @@ impl Shard {
     /// The bytes of a tensor of this file.
     pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.map[entry.range.clone()]
+    }
+
+    /// A tensor of this file in its own float format; `None` for other formats.
+    pub(crate) fn float(&self, entry: &Entry) -> Option<HostTensor> {
+        let (dtype, shape) = (entry.dtype, entry.shape.clone());
+        let raw = RawTensor { dtype, shape: shape.clone(), bytes: self.bytes(entry), scale: None };
+        fn decoded<T: Element>(raw: &RawTensor<'_>) -> Vec<T> {
+            let mut values = vec![T::default(); raw.shape.iter().product()];
+            decode::decode(raw, &mut values);
+            values
+        }
+        let data = match dtype {
+            StoredDType::F32 => HostData::F32(decoded(&raw)),
+            StoredDType::BF16 => HostData::BF16(decoded(&raw)),
+            StoredDType::F16 => HostData::F16(decoded(&raw)),
+            _ => return None,
+        };
+        Some(HostTensor { shape, data })
     }
 }
 

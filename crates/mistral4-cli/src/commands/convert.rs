@@ -141,7 +141,7 @@ pub fn run(arguments: &ConvertArguments) -> Result<()> {
 }
 
 /// The format in which most bytes are stored.
-fn stored(checkpoint: &Checkpoint) -> Result<SaveDType> {
+pub(super) fn stored(checkpoint: &Checkpoint) -> Result<SaveDType> {
     if let Some(Quantization::Packed(groups)) = &checkpoint.config_file().quantization {
         return stored_groups(groups);
     }
@@ -172,7 +172,7 @@ fn stored_groups(groups: &[PackedGroup]) -> Result<SaveDType> {
     }
 }
 
-fn is_same_folder(a: &Path, b: &Path) -> bool {
+pub(super) fn is_same_folder(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 

@@ -8,6 +8,7 @@ pub mod forward;
 pub mod generate;
 pub mod init;
 pub mod inspect;
+pub mod merge;
 pub mod plot;
 mod prompt;
 pub mod quickstart;
@@ -35,6 +36,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Forward(arguments) => forward::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Init(arguments) => init::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Quickstart(arguments) => quickstart::run(&arguments),

@@ -7,12 +7,16 @@ mod backward;
 mod few;
 mod forward;
 mod gated;
+mod grouped;
 mod groups;
 
 pub use backward::{ExpertGrads, moe_experts_backward};
 pub use forward::moe_experts;
 pub(crate) use forward::{add_scaled, gate_slices};
 pub use gated::{gated, gated_backward};
+pub use grouped::{
+    GroupedLinearDims, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
+};
 pub(crate) use groups::Groups;
 
 use crate::element::{Element, Index};

@@ -1,8 +1,9 @@
 //! Routed experts against the plain twin.
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
-    Activation, Element, ExpertDims, ExpertGrads, Experts, Index, bf16, moe_experts, moe_experts_backward,
-    reference,
+    Activation, Element, ExpertDims, ExpertGrads, Experts, GemmDims, GroupedLinearDims, Index, Matrix,
+    MatrixMut, bf16, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
+    moe_experts, moe_experts_backward, reference,
 };
 
 const SIZES: [ExpertDims; 6] = [
@@ -171,4 +172,54 @@ fn results_do_not_depend_on_threads() {
         })
     };
     assert!(run(1) == run(3));
+}
+
+/// Every expert's product by the plain matrix product, with idle experts between used ones.
+fn grouped<T: Element>() {
+    let mut random = Random::new(21);
+    for (inputs, outputs, offsets) in [
+        (7, 5, vec![0, 3, 3, 4, 30]),
+        (64, 33, vec![0, 0, 40, 41, 41]),
+        (3, 70, vec![0, 1, 2, 2, 3]),
+        (5, 2, vec![0; 5]),
+    ] {
+        let dims = GroupedLinearDims { experts: 4, inputs, outputs };
+        let rows = offsets[4];
+        let x = random.values::<T>(rows * inputs, 1.0);
+        let weight = random.values::<T>(4 * outputs * inputs, 1.0);
+        let dy = random.values::<T>(rows * outputs, 1.0);
+        let (mut y, mut dx) = (poison::<T>(rows * outputs), poison::<T>(rows * inputs));
+        let mut dweight = poison::<T>(weight.len());
+        grouped_linear(dims, &offsets, &x, &weight, &mut y);
+        grouped_linear_backward_input(dims, &offsets, &dy, &weight, &mut dx);
+        grouped_linear_backward_weight(dims, &offsets, &dy, &x, &mut dweight);
+        let (mut want_y, mut want_dx) = (poison::<T>(y.len()), poison::<T>(dx.len()));
+        let mut want_dweight = vec![T::default(); weight.len()];
+        for expert in 0..4 {
+            let at = offsets[expert]..offsets[expert + 1];
+            let matrix = expert * outputs * inputs..(expert + 1) * outputs * inputs;
+            let (x_rows, y_rows) = (at.start * inputs..at.end * inputs, at.start * outputs..at.end * outputs);
+            let (x, dy, w) = (&x[x_rows.clone()], &dy[y_rows.clone()], &weight[matrix.clone()]);
+            let product = |m, n, k, a, b, c: &mut [T]| {
+                let c = MatrixMut { data: c, row_stride: n };
+                reference::gemm(GemmDims { m, n, k }, a, b, c, false);
+            };
+            let (x, dy_rows) = (Matrix::rows(x, inputs), Matrix::rows(dy, outputs));
+            product(at.len(), outputs, inputs, x, Matrix::transposed(w, inputs), &mut want_y[y_rows]);
+            product(at.len(), inputs, outputs, dy_rows, Matrix::rows(w, inputs), &mut want_dx[x_rows]);
+            let dy = Matrix::transposed(dy, outputs);
+            product(outputs, inputs, at.len(), dy, x, &mut want_dweight[matrix]);
+        }
+        assert_close("grouped y", &y, &want_y, tolerance::<T>());
+        assert_close("grouped dx", &dx, &want_dx, tolerance::<T>());
+        assert_close("grouped dweight", &dweight, &want_dweight, tolerance::<T>());
+    }
+}
+
+#[test]
+fn grouped_linears_are_the_linears_of_their_experts() {
+    on_each_isa(|_| {
+        grouped::<f32>();
+        grouped::<bf16>();
+    });
 }

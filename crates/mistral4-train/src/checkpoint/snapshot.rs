@@ -3,7 +3,8 @@
 //! ```text
 //! epoch_E_step_S/
 //!   config.yaml  losses.json  step_scheduler.json  trainer.json
-//!   model/consolidated/                  a Hugging Face folder
+//!   model/consolidated/                  a Hugging Face folder, or, where adapters are trained,
+//!   model/adapter_model.safetensors  adapter_config.json
 //!   optim/optimizer.json, and a safetensors file for every kind of state that the optimizer keeps: exp_avg,
 //!     exp_avg_sq, master, momentum_buffer, and the largest magnitudes exp_avg_absmax, exp_avg_sq_absmax of 8-bit ones
 //!   dataloader/dataloader_dp_rank_0.json
@@ -14,7 +15,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use mistral4::weights::{NamedTensor, host_tensor};
+use mistral4::weights::{NamedTensor, adapter_of, host_tensor};
+use mistral4_checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_MODEL, Adapter};
 use mistral4_checkpoint::config::{ConfigFile, ConfigForm};
 use mistral4_checkpoint::weights::{self, DType, SaveDType, SaveOptions};
 use serde::de::DeserializeOwned;
@@ -38,6 +40,7 @@ const OPTIMIZER: &str = "optim/optimizer.json";
 const DATALOADER: &str = "dataloader/dataloader_dp_rank_0.json";
 const RNG: &str = "rng/rng_global_rank_0.json";
 const MODEL: &str = "model/consolidated";
+const ADAPTER: &str = "model";
 
 /// How the model's folder is written.
 #[derive(Debug, Clone)]
@@ -48,6 +51,8 @@ pub(crate) struct ModelFiles {
     pub(crate) dtype: DType,
     /// Folder whose tokenizer and processor files go along.
     pub(crate) carry_from: Option<PathBuf>,
+    /// The adapters that are written in place of the weights, with the values they began with.
+    pub(crate) adapter: Option<Adapter>,
 }
 
 /// A run after a step: everything that the next step depends on.
@@ -140,10 +145,14 @@ impl Snapshot {
 
     /// Writes every file under `folder` and brings it to the medium; returns what other readers will see differently.
     pub(super) fn write(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
-        for part in ["", MODEL, "optim", "dataloader", "rng"] {
+        let model = if self.model.adapter.is_some() { ADAPTER } else { MODEL };
+        for part in ["", model, "optim", "dataloader", "rng"] {
             disk.create_folder(&folder.join(part))?;
         }
-        let warnings = self.write_model(disk, &folder.join(MODEL))?;
+        let warnings = match &self.model.adapter {
+            Some(adapter) => self.write_adapter(adapter, disk, &folder.join(model))?,
+            None => self.write_model(disk, &folder.join(model))?,
+        };
         self.write_optimizer(disk, folder)?;
         let trainer = TrainerFile {
             format_version: FORMAT_VERSION,
@@ -162,6 +171,13 @@ impl Snapshot {
             disk.sync_folder(&folder.join(part))?;
         }
         Ok(warnings)
+    }
+
+    fn write_adapter(&self, adapter: &Adapter, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
+        let files = adapter_of(&self.parameters, adapter).to_files(self.model.config.config.vision.is_some());
+        disk.write(&folder.join(ADAPTER_MODEL), &files.model)?;
+        disk.write(&folder.join(ADAPTER_CONFIG), &files.config)?;
+        Ok(Vec::new())
     }
 
     fn write_model(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
@@ -247,7 +263,12 @@ impl Saved {
 
     /// The model's folder.
     pub(crate) fn model_folder(&self) -> PathBuf {
-        self.folder.join(MODEL)
+        self.folder.join(if self.is_adapter() { ADAPTER } else { MODEL })
+    }
+
+    /// Whether it holds adapters in place of the weights.
+    pub(crate) fn is_adapter(&self) -> bool {
+        self.folder.join(ADAPTER).join(ADAPTER_CONFIG).exists()
     }
 
     /// Refuses a run of another seed, storage type or softmax scale.

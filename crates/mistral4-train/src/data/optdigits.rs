@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Dataset, Sample};
 use crate::error::{Error, Result};
-use crate::recipe::Split;
+use crate::recipe::{DigitsTask, Split};
 
 const SHEET: &[u8] = include_bytes!("../../../../data/optdigits/images.png");
 const LABELS: &str = include_str!("../../../../data/optdigits/labels.txt");
@@ -37,6 +37,10 @@ pub const QUESTIONS: [&str; 6] = [
     "Please tell me what this digit is.",
 ];
 
+/// How a person may ask for the digit after the one that is shown.
+pub const QUESTIONS_NEXT: [&str; 3] =
+    ["Which digit comes after this one?", "Add one to this digit.", "What follows the number you see?"];
+
 /// The digits in words.
 pub const WORDS: [&str; 10] =
     ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
@@ -46,6 +50,33 @@ pub fn answer(digit: u8) -> String {
     let word = WORDS[usize::from(digit)];
     let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) && word != "one" { "an" } else { "a" };
     format!("This is {article} {word}.")
+}
+
+impl DigitsTask {
+    /// The question about an image, chosen by a number.
+    pub fn question(self, number: usize) -> &'static str {
+        let questions: &[&str] = match self {
+            DigitsTask::Name => &QUESTIONS,
+            DigitsTask::Next => &QUESTIONS_NEXT,
+        };
+        questions[number % questions.len()]
+    }
+
+    /// The digit that answers the question about an image of `digit`.
+    pub fn wanted(self, digit: u8) -> u8 {
+        match self {
+            DigitsTask::Name => digit,
+            DigitsTask::Next => (digit + 1) % 10,
+        }
+    }
+
+    /// The answer about an image of `digit`, in words.
+    pub fn answer(self, digit: u8) -> String {
+        match self {
+            DigitsTask::Name => answer(digit),
+            DigitsTask::Next => format!("Next comes {}.", WORDS[usize::from(self.wanted(digit))]),
+        }
+    }
 }
 
 /// The digit that an answer names: the only one of the ten words in it.
@@ -192,6 +223,7 @@ pub struct OptDigitsDataset {
     rows: Range<usize>,
     side: u32,
     variants: usize,
+    task: DigitsTask,
     processor: Arc<Processor>,
 }
 
@@ -199,7 +231,12 @@ impl OptDigitsDataset {
     /// Conversations whose images are `side` x `side` pixels; each image comes in `variants` placements.
     pub fn new(split: Split, side: u32, variants: usize, processor: Arc<Processor>) -> Self {
         let digits = OptDigits::load();
-        Self { rows: digits.split(split), digits, side, variants, processor }
+        Self { rows: digits.split(split), digits, side, variants, task: DigitsTask::Name, processor }
+    }
+
+    /// The same images with other questions.
+    pub fn with_task(self, task: DigitsTask) -> Self {
+        Self { task, ..self }
     }
 }
 
@@ -210,8 +247,8 @@ impl Dataset for OptDigitsDataset {
 
     fn get(&self, index: usize) -> Result<Sample> {
         let (variant, index) = (index / self.rows.len(), self.rows.start + index % self.rows.len());
-        let question = QUESTIONS[(index + variant) % QUESTIONS.len()];
-        let request = OptDigits::conversation(question, Some(answer(self.digits.label(index))));
+        let question = self.task.question(index + variant);
+        let request = OptDigits::conversation(question, Some(self.task.answer(self.digits.label(index))));
         let picture = SourceImage::from_dynamic(
             self.digits.placed(index, self.side, Placement::of_variant(index, variant)).into(),
         );
@@ -279,6 +316,11 @@ mod tests {
         assert_eq!(answer(1), "This is a one.");
         assert_eq!(read_answer("This is a seven or a one."), None);
         assert_eq!(read_answer("Someone wrote this."), None);
+        assert_eq!(DigitsTask::Next.answer(9), "Next comes zero.");
+        for digit in 0..10 {
+            let answer = DigitsTask::Next.answer(digit);
+            assert_eq!(read_answer(&answer), Some((digit + 1) % 10));
+        }
     }
 
     #[test]

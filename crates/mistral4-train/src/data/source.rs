@@ -42,8 +42,8 @@ pub fn open(section: &DatasetSection, context: &DataContext) -> Result<Arc<dyn D
         }
         DatasetConfig::Chat(config) => Arc::new(ChatDataset::open(config, processor()?)?),
         DatasetConfig::Text(config) => Arc::new(TextDataset::open(config, processor()?.tokenizer())?),
-        DatasetConfig::OptDigits { split, image_size, variants } => {
-            Arc::new(OptDigitsDataset::new(*split, *image_size, *variants, processor()?))
+        DatasetConfig::OptDigits { split, image_size, variants, task } => {
+            Arc::new(OptDigitsDataset::new(*split, *image_size, *variants, processor()?).with_task(*task))
         }
         DatasetConfig::Mock { vocab_size, seq_len, num_samples } => Arc::new(MockDataset {
             vocab_size: (*vocab_size).min(context.vocab_size),

@@ -68,7 +68,7 @@ impl CheckpointConfig {
             "FP8 weights are always dequantised before they are trained",
             |node| node.to_string() == "true",
         );
-        s.unsupported("is_peft", "LoRA is not supported yet");
+        s.no_effect("is_peft", "adapters are saved where the recipe has a `peft` section");
         s.none_of_effect(
             &[
                 "save_consolidated",

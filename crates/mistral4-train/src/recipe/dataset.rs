@@ -38,6 +38,8 @@ pub enum DatasetConfig {
         image_size: u32,
         /// Placements (turned, zoomed, shifted) in which each image comes.
         variants: usize,
+        /// What is asked about it.
+        task: DigitsTask,
     },
     /// Random tokens, for benchmarks.
     Mock {
@@ -118,6 +120,16 @@ pub struct DatasetSection {
     pub limit_dataset_samples: Option<usize>,
 }
 
+/// What is asked about an image of a digit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DigitsTask {
+    /// Which digit it is.
+    #[default]
+    Name,
+    /// Which digit comes after it; zero after nine.
+    Next,
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Target {
     Pretokenized,
@@ -127,6 +139,8 @@ enum Target {
     Mock,
     Hub(&'static str),
 }
+
+const TASKS: [(&str, DigitsTask); 2] = [("name", DigitsTask::Name), ("next", DigitsTask::Next)];
 
 const TARGETS: [(&str, Target); 27] = [
     ("pretokenized_jsonl", Target::Pretokenized),
@@ -199,6 +213,9 @@ impl DatasetSection {
                 variants: s
                     .count_up_to("variants", "placements (turned, zoomed, shifted) of each image", 1000)?
                     .unwrap_or(1),
+                task: s
+                    .name("task", "what is asked: the digit's name, or the digit after it", &TASKS)?
+                    .unwrap_or_default(),
             },
             Target::Mock => DatasetConfig::Mock {
                 vocab_size: s.count("vocab_size", "random ids are drawn below this")?.unwrap_or(1024),

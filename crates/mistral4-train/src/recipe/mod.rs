@@ -12,6 +12,7 @@ mod environment;
 mod model;
 mod optimizer;
 mod overrides;
+mod peft;
 mod reader;
 mod report;
 mod training;
@@ -24,14 +25,15 @@ use std::sync::Arc;
 
 pub use checkpoint::{CheckpointConfig, RestoreFrom};
 pub use dataset::{
-    ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, OnError, PackedSequenceConfig, Split,
-    TextDatasetConfig, TokenizerSource,
+    ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, DigitsTask, OnError,
+    PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
 };
 pub use model::{
-    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PeftConfig, SoftmaxScaleOverride, TorchDtype,
+    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, SoftmaxScaleOverride, TorchDtype,
 };
 pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype};
 pub use overrides::{Override, parse_overrides};
+pub use peft::PeftConfig;
 pub use report::{Effect, RecipeReport, ReportEntry};
 pub use training::{
     LrDecayStyle, LrSchedulerConfig, OnLossSpike, OnNonFinite, RngConfig, StepSchedulerConfig, WdIncrStyle,
@@ -169,6 +171,22 @@ impl Recipe {
 
     /// Refuses settings that contradict each other.
     fn check_consistency(&self) -> Result<()> {
+        if self.peft.is_some() && self.model.gate_bias_update_factor > 0.0 {
+            return Err(Error::Inconsistent {
+                key: "model.gate_bias_update_factor".to_owned(),
+                value: self.model.gate_bias_update_factor.to_string(),
+                message: "the router's bias is no part of an adapter; with `peft` it must be 0".to_owned(),
+            });
+        }
+        if self.peft.is_some() && matches!(self.dataset.tokenizer, TokenizerSource::Learned { .. }) {
+            return Err(Error::Inconsistent {
+                key: "dataset.tokenizer".to_owned(),
+                value: "learned".to_owned(),
+                message:
+                    "adapters belong to a model that has a tokenizer; leave this out, or name its folder"
+                        .to_owned(),
+            });
+        }
         let StepSchedulerConfig { global_batch_size: global, local_batch_size: local, .. } =
             self.step_scheduler;
         if !global.is_multiple_of(local) {

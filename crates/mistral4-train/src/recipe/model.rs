@@ -1,4 +1,4 @@
-//! `model`, `freeze_config`, `peft`, `distributed`.
+//! `model`, `freeze_config`, `distributed`.
 
 use super::reader::Section;
 use super::report::Effect;
@@ -44,7 +44,7 @@ pub struct ModelConfig {
     pub torch_dtype: TorchDtype,
     /// Override of the softmax scale's policy.
     pub softmax_scale: Option<SoftmaxScaleOverride>,
-    /// Step of the gate-bias update: 0 when fine-tuning a checkpoint, 1e-3 from scratch, unless set.
+    /// Step of the gate-bias update: 0 when fine-tuning a checkpoint or adapters, 1e-3 from scratch, unless set.
     pub gate_bias_update_factor: f64,
     /// Weight of the auxiliary load-balance loss.
     pub aux_loss_coeff: f64,
@@ -128,7 +128,7 @@ impl ModelConfig {
         s.unsupported("num_labels", "the model predicts tokens");
         s.unsupported("text_config", "change the checkpoint's config.json instead");
         s.finish()?;
-        let scratch = matches!(source, ModelSource::FromConfig(_));
+        let scratch = matches!(source, ModelSource::FromConfig(_)) && !root.has("peft");
         Ok(Self {
             source,
             multimodal,
@@ -220,55 +220,6 @@ impl FreezeConfig {
         s.none_of_effect(&["freeze_audio_tower", "freeze_video_embedder"], "the model has no such part");
         s.finish()?;
         Ok(config)
-    }
-}
-
-/// `peft`: low-rank adapters.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PeftConfig {
-    /// Patterns of the linears that get an adapter.
-    pub target_modules: Vec<String>,
-    /// Patterns of the linears that get none.
-    pub exclude_modules: Vec<String>,
-    /// Whether every linear gets one.
-    pub match_all_linear: bool,
-    /// Rank.
-    pub dim: usize,
-    /// The adapter's output is scaled by `alpha / dim`.
-    pub alpha: f64,
-    /// Dropout probability before the adapter.
-    pub dropout: f64,
-    /// Whether the rank of an expert's adapter is divided by the number of chosen experts.
-    pub moe_rank_scaling: bool,
-}
-
-impl PeftConfig {
-    pub(crate) fn read(root: &mut Section<'_>) -> Result<Option<Self>> {
-        const NAMES: [(&str, ()); 3] = [
-            ("nemo_automodel.components._peft.lora.PeftConfig", ()),
-            ("nemo_automodel.components._peft.lora.LoraConfig", ()),
-            ("PeftConfig", ()),
-        ];
-        let Some(mut s) = root.optional_section("peft")? else { return Ok(None) };
-        s.silence();
-        s.name("_target_", "low-rank adapters", &NAMES)?;
-        let config = Self {
-            target_modules: s.texts("target_modules", "linears with an adapter")?.unwrap_or_default(),
-            exclude_modules: s.texts("exclude_modules", "linears without one")?.unwrap_or_default(),
-            match_all_linear: s.bool("match_all_linear", "an adapter on every linear")?.unwrap_or(false),
-            dim: s.count("dim", "rank")?.unwrap_or(8),
-            alpha: s.non_negative("alpha", "scale of the adapter, times 1 / dim")?.unwrap_or(32.0),
-            dropout: s.non_negative("dropout", "dropout before the adapter")?.unwrap_or(0.0),
-            moe_rank_scaling: s.bool("moe_rank_scaling", "rank of expert adapters / top-k")?.unwrap_or(false),
-        };
-        s.unsupported("use_dora", "DoRA is not supported");
-        s.none_of_effect(&["dropout_position"], "dropout comes before the adapter");
-        s.none_of_effect(&["use_memory_efficient_lora", "use_triton"], "one implementation");
-        s.none_of_effect(&["lora_dtype"], "adapters are float32");
-        s.finish()?;
-        let reason = "LoRA is not supported yet; leave `peft` out to train the weights themselves";
-        root.unsupported_unless("peft", reason, |_| false);
-        Ok(Some(config))
     }
 }
 

@@ -27,14 +27,12 @@ pub(crate) struct Section<'a> {
     origin: Origin,
     entries: &'a [Entry],
     known: Vec<String>,
-    /// Whether what is read stays out of the report, because the whole section is reported by its parent.
-    silent: bool,
 }
 
 impl<'a> Section<'a> {
     pub(crate) fn root(reading: &'a Reading, root: &'a Node) -> Self {
         let entries = root.map().unwrap_or_default();
-        Self { reading, path: String::new(), origin: root.origin, entries, known: Vec::new(), silent: false }
+        Self { reading, path: String::new(), origin: root.origin, entries, known: Vec::new() }
     }
 
     /// Dotted name of a key of this section.
@@ -53,15 +51,7 @@ impl<'a> Section<'a> {
         Location { file: self.reading.file.clone(), origin: node.origin }
     }
 
-    /// Keeps what is read of this section out of the report.
-    pub(crate) fn silence(&mut self) {
-        self.silent = true;
-    }
-
     fn note(&self, key: &str, node: &Node, effect: Effect) {
-        if self.silent {
-            return;
-        }
         let key = self.key(key);
         let value = if is_secret(&key) { HIDDEN.to_owned() } else { node.to_string() };
         let entry = ReportEntry { key, value, location: self.location(node), effect };
@@ -193,7 +183,6 @@ impl<'a> Section<'a> {
             origin: self.origin,
             entries: &[],
             known: Vec::new(),
-            silent: self.silent,
         }))
     }
 
@@ -204,8 +193,8 @@ impl<'a> Section<'a> {
             return Err(self.wrong(key, node, "a section (a mapping)"));
         };
         let path = self.key(key);
-        let (reading, origin, silent) = (self.reading, node.origin, self.silent);
-        Ok(Some(Section { reading, path, origin, entries, known: Vec::new(), silent }))
+        let (reading, origin) = (self.reading, node.origin);
+        Ok(Some(Section { reading, path, origin, entries, known: Vec::new() }))
     }
 
     /// Whether a key is set to anything but null, without reading it.
@@ -271,6 +260,15 @@ impl<'a> Section<'a> {
         let mut report = self.reading.report.borrow_mut();
         if let Some(entry) = report.entries.iter_mut().rev().find(|entry| entry.key == full) {
             entry.effect = effect;
+        }
+    }
+
+    /// Changes what the report says about every key of a section that was read.
+    pub(crate) fn mark_section(&self, section: &str, effect: &Effect) {
+        let prefix = format!("{}.", self.key(section));
+        let mut report = self.reading.report.borrow_mut();
+        for entry in report.entries.iter_mut().filter(|entry| entry.key.starts_with(&prefix)) {
+            entry.effect = effect.clone();
         }
     }
 

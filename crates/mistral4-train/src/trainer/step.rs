@@ -10,6 +10,7 @@ use crate::data::Batch;
 use crate::error::Result;
 use crate::guard::BatchLoss;
 use crate::optim::{Optimizer, StepFactors};
+use crate::setup::Setup;
 
 /// What the micro-batches of a step measured together, and each one's loss.
 pub(super) struct Measured {
@@ -39,7 +40,7 @@ fn loss_scale(label_tokens: usize, micro_batches: usize) -> LossScale {
 
 /// Forward and backward over the micro-batches of one step; their gradients are added to `gradients`.
 pub(super) fn accumulate(
-    model: &Mistral4,
+    setup: &Setup,
     batches: Vec<Batch>,
     label_tokens: usize,
     activations: Activations,
@@ -50,9 +51,10 @@ pub(super) fn accumulate(
     let mut measured =
         Measured { sum: MicroBatchLoss::default(), batches: Vec::with_capacity(batches.len()) };
     for mut batch in batches {
+        setup.dropout.next();
         let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
         let inputs = LabelledInputs::new(batch, device);
-        let part = forward_backward(model, &inputs, scale, activations, gradients)?;
+        let part = forward_backward(&setup.model, &inputs, scale, activations, gradients)?;
         measured.add(rows, label_tokens, part, scale.aux);
     }
     Ok(measured)

@@ -1,23 +1,27 @@
 //! Linear maps.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use crate::error::Result;
+use crate::model::lora::{self, Lora};
 use crate::model::weight::LinearWeight;
+use crate::ops;
 use crate::weights::Parameters;
 
-/// `y = x W^T + b`.
+/// `y = x W^T + b`, with a low-rank adapter on `W` where there is one.
 #[derive(Module, Debug)]
 pub struct Linear {
     /// `[out, in]`
     pub weight: LinearWeight,
     /// `[out]`
     pub bias: Option<Param<Tensor<1>>>,
+    /// The adapter.
+    pub lora: Option<Lora>,
 }
 
 impl Linear {
-    /// Takes `weight` of `[out, in]` and, if `bias`, `bias` of `[out]` from `parameters`.
+    /// Takes `weight` of `[out, in]` and, if `bias`, `bias` of `[out]` from `parameters`, and the adapter they have here.
     ///
     /// # Errors
     /// A missing or mis-shaped tensor.
@@ -25,16 +29,43 @@ impl Linear {
         Ok(Self {
             weight: parameters.linear_weight("weight", [output, input])?,
             bias: bias.then(|| parameters.get("bias", [output])).transpose()?,
+            lora: parameters.lora([output, input])?,
         })
     }
 
     /// # Shapes
     /// - `x`: `[rows, in]`, output: `[rows, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = self.weight.forward(x);
+        let y = match &self.lora {
+            Some(lora) => {
+                let y = self.weight.forward(x.clone());
+                lora.forward(x, y, || self.weight.val())
+            }
+            None => self.weight.forward(x),
+        };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
+        }
+    }
+
+    /// The weight that this map amounts to, its adapter included, `[out, in]`.
+    pub fn merged_weight(&self) -> Tensor<2> {
+        match &self.lora {
+            Some(lora) => lora.merged(self.weight.val()),
+            None => self.weight.val(),
+        }
+    }
+
+    /// Sum over labelled rows of the cross entropy of this map's output with the labels; see
+    /// [`ops::linear_cross_entropy`].
+    ///
+    /// # Shapes
+    /// - `x`: `[T, in]`, `labels`: `[T]`, output: `[1]` f32
+    pub fn cross_entropy(&self, x: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+        match &self.lora {
+            None => ops::linear_cross_entropy(x, self.weight.val(), labels),
+            Some(_) => lora::cross_entropy(self, x, labels),
         }
     }
 }

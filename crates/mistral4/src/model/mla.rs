@@ -206,7 +206,7 @@ impl Mla {
     fn attend_absorbed(&self, q: Tensor<3>, all: Tensor<2>, segments: &Arc<[Segment]>) -> Tensor<3> {
         let s = &self.shape;
         let spec = LatentSpec { attention: self.spec(segments), nope: s.nope, value_dim: s.v };
-        ops::latent_attention(q, all, self.kv_b_proj.weight.val(), spec)
+        ops::latent_attention(q, all, self.kv_b_proj.merged_weight(), spec)
     }
 
     fn spec(&self, segments: &Arc<[Segment]>) -> AttentionSpec {

@@ -5,8 +5,11 @@
 
 pub mod cache;
 pub mod decoder_layer;
+pub mod dropout;
+pub mod experts;
 pub mod gate;
 pub mod linear;
+pub mod lora;
 pub mod mla;
 pub mod mlp;
 pub mod moe;

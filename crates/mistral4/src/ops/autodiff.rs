@@ -1,5 +1,7 @@
 //! Backward rules of the fused operations: one node each, which calls the backward kernel.
 
+use std::sync::Arc;
+
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
@@ -85,6 +87,18 @@ pub(super) trait BackwardKernels: FusedOps {
         dout: FloatTensor<Self>,
         want: [bool; 4],
     ) -> [Option<FloatTensor<Self>>; 4];
+    /// `dy[rows of e] W[e]`.
+    fn grouped_linear_backward_input(
+        dy: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: &[usize],
+    ) -> FloatTensor<Self>;
+    /// `dy[rows of e]^T x[rows of e]`.
+    fn grouped_linear_backward_weight(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        offsets: &[usize],
+    ) -> FloatTensor<Self>;
     /// Loss and gradients of the loss by `h` and `lm_head`.
     fn linear_cross_entropy_with_gradients(
         h: FloatTensor<Self>,
@@ -191,6 +205,25 @@ impl<B: BackwardKernels> Backward<B, 4> for MoeExperts {
         let parents = ops.parents.map(|p| p.map(|p| p.id));
         let want = std::array::from_fn(|i| parents[i].is_some());
         register::<B, 4>(parents, B::moe_experts_backward(ops.state, dout, want), grads);
+    }
+}
+
+#[derive(Debug)]
+struct GroupedLinear;
+
+impl<B: BackwardKernels> Backward<B, 2> for GroupedLinear {
+    type State = (FloatTensor<B>, FloatTensor<B>, Arc<[usize]>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (x, weight, offsets) = ops.state;
+        let [to_x, to_weight] = ops.parents;
+        if let Some(node) = to_x {
+            grads.register::<B>(node.id, B::grouped_linear_backward_input(dy.clone(), weight, &offsets));
+        }
+        if let Some(node) = to_weight {
+            grads.register::<B>(node.id, B::grouped_linear_backward_weight(dy, x, &offsets));
+        }
     }
 }
 
@@ -329,6 +362,20 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         let out = B::moe_experts(i.x, i.indices, i.weights, i.gate_up, i.down, activation);
         match op {
             OpsKind::Tracked(op) => op.finish(inputs, out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        let op = GroupedLinear.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        let out = B::grouped_linear(x.clone(), weight.clone(), offsets.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish((x, weight, offsets), out),
             OpsKind::UnTracked(op) => op.finish(out),
         }
     }

@@ -220,21 +220,45 @@ pub fn moe_experts(
     out.cast(dtype)
 }
 
+/// See [`super::grouped_linear`].
+pub fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: &[usize]) -> Tensor<2> {
+    let [_, outputs, inputs] = weight.dims();
+    let used = offsets.windows(2).enumerate().filter(|(_, rows)| rows[0] < rows[1]);
+    let parts: Vec<Tensor<2>> = used
+        .map(|(expert, rows)| {
+            let weight = weight.clone().slice_dim(0, expert..expert + 1).reshape([outputs, inputs]);
+            linear(x.clone().slice_dim(0, rows[0]..rows[1]), weight)
+        })
+        .collect();
+    match parts.is_empty() {
+        true => Tensor::zeros([0, outputs], (&x.device(), x.dtype())),
+        false => Tensor::cat(parts, 0),
+    }
+}
+
 /// Token rows whose logits are held at once.
-const LOSS_ROWS: usize = 1024;
+pub(crate) const LOSS_ROWS: usize = 1024;
 
 /// See [`super::linear_cross_entropy`].
 pub fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
     let tokens = h.dims()[0];
     let mut sum = Tensor::<1>::zeros([1], (&h.device(), DType::F32));
     for start in (0..tokens).step_by(LOSS_ROWS) {
-        let end = (start + LOSS_ROWS).min(tokens);
-        let labels = labels.clone().slice_dim(0, start..end);
-        let ignored = labels.clone().lower_elem(0);
-        let target = labels.mask_fill(ignored.clone(), 0).unsqueeze_dim::<2>(1);
-        let logits = linear(h.clone().slice_dim(0, start..end), lm_head.clone()).cast(DType::F32);
-        let log_probability = log_softmax(logits, 1).gather(1, target).reshape([end - start]);
-        sum = sum - log_probability.mask_fill(ignored, 0.0).sum();
+        let rows = start..(start + LOSS_ROWS).min(tokens);
+        let logits = linear(h.clone().slice_dim(0, rows.clone()), lm_head.clone());
+        sum = sum + cross_entropy(logits, labels.clone().slice_dim(0, rows));
     }
     sum
+}
+
+/// Sum over labelled rows of the cross entropy of logits with their labels; -100 marks rows without one.
+///
+/// # Shapes
+/// - `logits`: `[T, V]`, `labels`: `[T]`, output: `[1]` f32
+pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+    let [tokens, _] = logits.dims();
+    let ignored = labels.clone().lower_elem(0);
+    let target = labels.mask_fill(ignored.clone(), 0).unsqueeze_dim::<2>(1);
+    let log_probability = log_softmax(logits.cast(DType::F32), 1).gather(1, target).reshape([tokens]);
+    log_probability.mask_fill(ignored, 0.0).sum().neg()
 }

@@ -1,5 +1,7 @@
 //! The fused operations as an extension of Burn's CPU backend, and the calls that reach them from tensors.
 
+use std::sync::Arc;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor};
@@ -54,6 +56,13 @@ pub(super) trait FusedOps: Backend {
         gate_up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         activation: Activation,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::grouped_linear`].
+    fn grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
     /// See [`super::linear_cross_entropy`]; `want` says which gradients (of `h`, of `lm_head`) will be asked for.
@@ -120,6 +129,10 @@ pub(super) fn moe_experts(
         down.into_dispatch(),
         activation,
     ))
+}
+
+pub(super) fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::grouped_linear(x.into_dispatch(), weight.into_dispatch(), offsets))
 }
 
 pub(super) fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {

@@ -1,5 +1,7 @@
 //! The fused operations on Burn's CPU backend: slices in, kernel, slices out.
 
+use std::sync::Arc;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{DType, Element as BurnElement, Shape, TensorData};
@@ -73,6 +75,11 @@ fn linear_dims(x: &F, weight: &F) -> kernels::LinearDims {
     let [rows, inputs] = x.shape().dims();
     let [outputs, _] = weight.shape().dims();
     kernels::LinearDims { rows, inputs, outputs }
+}
+
+fn grouped_dims(weight: &F) -> kernels::GroupedLinearDims {
+    let [experts, outputs, inputs] = weight.shape().dims();
+    kernels::GroupedLinearDims { experts, inputs, outputs }
 }
 
 fn rope_dims(x: &F, cos: &F, spec: &RopeSpec) -> kernels::RopeDims {
@@ -210,6 +217,17 @@ impl FusedOps for Flex {
             kernels::moe_experts(&experts, &mut out);
             tensor(out, x.shape())
         }))
+    }
+
+    fn grouped_linear(x: F, weight: F, offsets: Arc<[usize]>) -> F {
+        let dims = grouped_dims(&weight);
+        let [rows, _] = x.shape().dims();
+        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        by_dtype!(x, T => {
+            let mut y = zeros::<T>(rows * dims.outputs);
+            kernels::grouped_linear(dims, &offsets, slice::<T>(&x), slice::<T>(&weight), &mut y);
+            tensor(y, [rows, dims.outputs])
+        })
     }
 
     fn linear_cross_entropy(h: F, lm_head: F, labels: I, _want: (bool, bool)) -> F {
@@ -352,6 +370,31 @@ impl BackwardKernels for Flex {
                 ddown.map(|d| tensor(d, down.shape())),
             ]
         }))
+    }
+
+    fn grouped_linear_backward_input(dy: F, weight: F, offsets: &[usize]) -> F {
+        let dims = grouped_dims(&weight);
+        let [rows, _] = dy.shape().dims();
+        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        by_dtype!(dy, T => {
+            let mut dx = zeros::<T>(rows * dims.inputs);
+            let (dy, weight) = (slice::<T>(&dy), slice::<T>(&weight));
+            kernels::grouped_linear_backward_input(dims, offsets, dy, weight, &mut dx);
+            tensor(dx, [rows, dims.inputs])
+        })
+    }
+
+    fn grouped_linear_backward_weight(dy: F, x: F, offsets: &[usize]) -> F {
+        let [_, outputs] = dy.shape().dims();
+        let [_, inputs] = x.shape().dims();
+        let dims = kernels::GroupedLinearDims { experts: offsets.len() - 1, inputs, outputs };
+        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        by_dtype!(dy, T => {
+            let mut dweight = zeros::<T>(dims.experts * outputs * inputs);
+            let (dy, x) = (slice::<T>(&dy), slice::<T>(&x));
+            kernels::grouped_linear_backward_weight(dims, offsets, dy, x, &mut dweight);
+            tensor(dweight, [dims.experts, outputs, inputs])
+        })
     }
 
     fn linear_cross_entropy_with_gradients(

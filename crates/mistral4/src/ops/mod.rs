@@ -194,6 +194,19 @@ pub fn moe_experts(
     composite::moe_experts(x, indices, weights, gate_up, down, activation)
 }
 
+/// One linear map an expert: `y[rows of e] = x[rows of e] weight[e]^T`, rows sorted by expert.
+///
+/// # Shapes
+/// - `x`: `[M, in]`, `weight`: `[E, out, in]`, output: `[M, out]`
+/// - `offsets`: `[E + 1]`, the rows of expert `e` are `offsets[e]..offsets[e + 1]`
+pub fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::grouped_linear(x, weight, offsets);
+    }
+    composite::grouped_linear(x, weight, &offsets)
+}
+
 /// Sum over labelled tokens of the cross entropy of `h W^T` with the labels; -100 marks tokens without a label.
 ///
 /// # Shapes

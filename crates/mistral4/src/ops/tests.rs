@@ -250,6 +250,28 @@ fn frozen_experts_get_no_gradient_and_their_input_still_does() {
 }
 
 #[test]
+fn grouped_linear_equals_composite_and_spares_frozen_weights() {
+    let (inputs, outputs) = (12, 7);
+    for offsets in [vec![0, 3, 3, 10, 11], vec![0, 0, 0, 5, 5]] {
+        let (rows, offsets): (usize, Arc<[usize]>) = (offsets[4], offsets.into());
+        let flat = [random([rows * inputs], 31), random([4 * outputs * inputs], 32)];
+        let shaped = |[x, w]: [Tensor<1>; 2]| (x.reshape([rows, inputs]), w.reshape([4, outputs, inputs]));
+        let of = |inputs| {
+            let (x, w) = shaped(inputs);
+            grouped_linear(x, w, offsets.clone())
+        };
+        compare("grouped_linear", flat.clone(), of, |inputs| {
+            let (x, w) = shaped(inputs);
+            composite::grouped_linear(x, w, &offsets)
+        });
+        let (x, w) = shaped(flat.map(Tensor::autodiff));
+        let x = x.require_grad();
+        let grads = grouped_linear(x.clone(), w.clone(), offsets.clone()).sum().backward();
+        assert!(w.grad(&grads).is_none() && x.grad(&grads).is_some());
+    }
+}
+
+#[test]
 fn linear_cross_entropy_equals_composite_and_ignores_unlabelled_tokens() {
     let (tokens, hidden, vocab) = (21, 10, 33);
     let labels: Vec<i64> = (0..tokens as i64).map(|t| if t % 4 == 0 { -100 } else { t * 5 % 33 }).collect();

@@ -1,11 +1,13 @@
 //! Where parameters come from and where they go, by their names in the checkpoint.
 
+mod adapted;
 mod names;
 mod quantized;
 mod save;
 mod source;
 
+pub use adapted::{AdaptedSource, adapter_of};
 pub use names::{NamedTensor, map_parameters, named_parameters, take_gradients};
 pub use quantized::QuantizedSource;
 pub use save::host_tensor;
-pub use source::{CheckpointSource, InitialSource, ParameterSource, Parameters};
+pub use source::{CheckpointSource, InitialSource, ParameterSource, Parameters, SourceAdapter};

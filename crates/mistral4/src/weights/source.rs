@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use mistral4_checkpoint::adapter::LoraTensors;
 use mistral4_checkpoint::config::Config;
 use mistral4_checkpoint::init::initial_tensor;
 use mistral4_checkpoint::weights;
@@ -13,6 +14,8 @@ use mistral4_checkpoint::weights::names::{TensorSpec, tensors};
 use mistral4_checkpoint::weights::{Checkpoint, HostData, HostTensor, QuantizedMatrix};
 
 use crate::error::Result;
+use crate::model::dropout::Dropout;
+use crate::model::lora::{ExpertLora, Lora};
 use crate::model::weight::{ExpertWeight, LinearWeight, Quantized};
 
 /// Gives the values of parameters by their canonical names.
@@ -33,6 +36,23 @@ pub trait ParameterSource: Sync {
 
     /// Format of dense parameters, and of what is computed with quantised ones.
     fn dtype(&self) -> weights::DType;
+
+    /// The adapter of the linear map `module`, or of the stack of experts of that name; most sources have none.
+    ///
+    /// # Errors
+    /// A mis-shaped adapter, or one that cannot be read.
+    fn adapter(&self, _module: &str, _shape: &[usize]) -> Result<Option<SourceAdapter>> {
+        Ok(None)
+    }
+}
+
+/// An adapter as a source gives it.
+#[derive(Debug, Clone)]
+pub struct SourceAdapter {
+    /// Its matrices and scale.
+    pub tensors: LoraTensors,
+    /// Its dropout in training.
+    pub dropout: Option<Dropout>,
 }
 
 /// A place in the tree of names, with the source behind it.
@@ -111,6 +131,36 @@ impl<'a> Parameters<'a> {
             1
         };
         Ok(Some(Quantized { weight: Arc::new(weight), parts, dtype, device: self.device.clone() }))
+    }
+
+    /// The adapter of the linear map at this place, whose weight has `shape`.
+    ///
+    /// # Errors
+    /// A mis-shaped adapter, or one that cannot be read.
+    pub(crate) fn lora(&self, shape: [usize; 2]) -> Result<Option<Lora>> {
+        let Some(adapter) = self.source.adapter(&self.prefix, &shape)? else { return Ok(None) };
+        let LoraTensors { a, b, magnitude, scale } = adapter.tensors;
+        Ok(Some(Lora {
+            a: Param::from_tensor(to_device(a, self.device)),
+            b: Param::from_tensor(to_device(b, self.device)),
+            magnitude: magnitude.map(|magnitude| Param::from_tensor(to_device(magnitude, self.device))),
+            scale,
+            dropout: adapter.dropout,
+        }))
+    }
+
+    /// The adapters of the stack of experts `name`, which has `shape`.
+    ///
+    /// # Errors
+    /// Mis-shaped adapters, or some that cannot be read.
+    pub(crate) fn expert_lora(&self, name: &str, shape: [usize; 3]) -> Result<Option<ExpertLora>> {
+        let Some(adapter) = self.source.adapter(&self.key(name), &shape)? else { return Ok(None) };
+        let LoraTensors { a, b, scale, .. } = adapter.tensors;
+        Ok(Some(ExpertLora {
+            a: Param::from_tensor(to_device(a, self.device)),
+            b: Param::from_tensor(to_device(b, self.device)),
+            scale,
+        }))
     }
 
     fn read<const D: usize>(&self, name: &str, shape: [usize; D], f32: bool) -> Result<Param<Tensor<D>>> {

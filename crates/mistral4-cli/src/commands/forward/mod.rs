@@ -13,6 +13,7 @@ use burn::tensor::Tensor;
 use clap::Args;
 use mistral4::inputs::Layout;
 use mistral4::{ForwardOptions, Mistral4};
+use mistral4_checkpoint::adapter::Adapter;
 use serde::Serialize;
 
 use self::inputs::Inputs;
@@ -45,7 +46,7 @@ pub struct ForwardArguments {
     /// Also write `hidden_states.0` (the first layer's input) to `hidden_states.N` (after the final norm)
     #[arg(long)]
     pub hidden_states: bool,
-    /// Also write `grad.<key>` of the mean loss for every parameter; needs labels
+    /// Also write `grad.<key>` of the mean loss for every parameter (with --adapter, of the adapter); needs labels
     #[arg(long)]
     pub grads: bool,
     /// Also write `greedy` i64 `[B,N]`: each row continued by the likeliest tokens, N of them
@@ -124,10 +125,16 @@ pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
             "add `labels` i64 of the shape of `input_ids`, -100 where there is none",
         ));
     }
-    let model = load::build(&checkpoint, arguments.dtype.dtype(), weights, &device)?;
+    let adapter = arguments.model.adapter.as_ref();
+    let adapter = adapter.map(|folder| Adapter::open(folder, checkpoint.config())).transpose()?;
+    let model = load::build(&checkpoint, adapter.as_ref(), arguments.dtype.dtype(), weights, &device)?;
     let mut arrays = forward(&model, &inputs, arguments.hidden_states, &device)?;
     if let Some(labels) = inputs.labels.as_ref().filter(|_| arguments.grads) {
-        arrays.extend(grads::gradients(&model, &checkpoint, &inputs, labels, &device)?);
+        let of_parameters = grads::gradients(&model, &inputs, labels, &device)?;
+        arrays.extend(match &adapter {
+            Some(adapter) => grads::of_adapter(of_parameters, adapter, checkpoint.config()),
+            None => grads::of_checkpoint(of_parameters, &checkpoint),
+        });
     }
     if let Some(count) = arguments.greedy {
         let tokens = greedy::continue_rows(&model, &inputs, count as usize, &device)?;

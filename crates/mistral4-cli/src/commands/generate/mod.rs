@@ -17,7 +17,7 @@ use self::defaults::GenerationDefaults;
 use super::prompt;
 use crate::arguments::{FloatDType, ModelArguments};
 use crate::error::{Error, Result};
-use crate::load::{Loaded, Weights, load_folder, model_folder};
+use crate::load::{Base, Loaded, Weights, load_folder, model_folder};
 use crate::{format, stdout};
 
 /// Arguments of `mistral4 generate`.
@@ -128,8 +128,9 @@ impl Generator {
         let device = model.compute.device.open()?;
         let dtype = dtype.map(FloatDType::dtype);
         let weights = Weights::from(model.quantize.resolve()?);
+        let base = Base { folder, adapter: model.adapter.as_deref() };
         let Loaded { model, checkpoint, .. } =
-            load_folder(folder, dtype, weights, &model.config_options(), &device)?;
+            load_folder(base, dtype, weights, &model.config_options(), &device)?;
         let stop_tokens = stop_tokens(checkpoint.config(), &processor, &defaults);
         Ok(Generator {
             model,

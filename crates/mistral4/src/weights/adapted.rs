@@ -1,0 +1,94 @@
+//! A model with low-rank adapters: where they come from, and what they are after training.
+
+use std::collections::HashMap;
+
+use mistral4_checkpoint::adapter::{Adapter, LoraTensors};
+use mistral4_checkpoint::weights::{DType, HostTensor, QuantizedMatrix};
+
+use super::{NamedTensor, ParameterSource, SourceAdapter, host_tensor};
+use crate::error::Result;
+use crate::model::Mistral4;
+use crate::model::dropout::{Dropout, DropoutPosition, DropoutSeed};
+
+/// Parameters of a base, and adapters for some of its modules.
+pub struct AdaptedSource<'a> {
+    base: &'a dyn ParameterSource,
+    adapter: &'a Adapter,
+    dropout: Option<(f64, DropoutPosition, DropoutSeed)>,
+}
+
+impl<'a> AdaptedSource<'a> {
+    /// The adapters of `adapter` over the parameters of `base`.
+    pub fn new(base: &'a dyn ParameterSource, adapter: &'a Adapter) -> Self {
+        Self { base, adapter, dropout: None }
+    }
+
+    /// The same with dropout in the adapters of linear maps, on whenever `seed` is set; stacked experts have none.
+    ///
+    /// Source: `LinearLoRA` and `GroupedExpertsLoRA` in NeMo AutoModel.
+    pub fn with_dropout(self, probability: f64, position: DropoutPosition, seed: DropoutSeed) -> Self {
+        Self { dropout: Some((probability, position, seed)), ..self }
+    }
+}
+
+impl ParameterSource for AdaptedSource<'_> {
+    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> Result<HostTensor> {
+        let base = self.base.tensor(key, shape, f32)?;
+        Ok(match self.adapter.replaced.get(key) {
+            Some(replaced) => replaced.clone().cast(base.dtype()),
+            None => base,
+        })
+    }
+
+    fn quantized(&self, key: &str, shape: &[usize]) -> Result<Option<QuantizedMatrix>> {
+        if self.adapter.replaced.contains_key(key) { Ok(None) } else { self.base.quantized(key, shape) }
+    }
+
+    fn dtype(&self) -> DType {
+        self.base.dtype()
+    }
+
+    fn adapter(&self, module: &str, shape: &[usize]) -> Result<Option<SourceAdapter>> {
+        let Some(tensors) = self.adapter.modules.get(module) else { return Ok(None) };
+        assert_eq!(tensors.weight_shape(), shape, "{module}: shapes are compared when an adapter is opened");
+        let dropout = self.dropout.as_ref().filter(|_| shape.len() == 2);
+        let dropout =
+            dropout.map(|(share, position, seed)| Dropout::new(*share, *position, module, seed.clone()));
+        Ok(Some(SourceAdapter { tensors: tensors.clone(), dropout }))
+    }
+}
+
+impl Mistral4 {
+    /// Keeps everything but adapters from being trained.
+    pub fn freeze_base(self) -> Self {
+        self.freeze(|key| split(key).is_none())
+    }
+}
+
+/// The adapter `like`, with the values that the parameters of a model (or of one in training) have now.
+///
+/// # Panics
+/// When the parameters lack one of its matrices.
+pub fn adapter_of(parameters: &[NamedTensor], like: &Adapter) -> Adapter {
+    let parts: HashMap<(&str, &str), &NamedTensor> =
+        parameters.iter().filter_map(|parameter| Some((split(&parameter.key)?, parameter))).collect();
+    let part = |module: &str, part: &str| {
+        let parameter = parts.get(&(module, part));
+        host_tensor((*parameter.unwrap_or_else(|| panic!("{module} has no adapter"))).clone())
+    };
+    let now = |(module, old): (&String, &LoraTensors)| {
+        let tensors = LoraTensors {
+            a: part(module, "a"),
+            b: part(module, "b"),
+            magnitude: old.magnitude.as_ref().map(|_| part(module, "magnitude")),
+            scale: old.scale,
+        };
+        (module.clone(), tensors)
+    };
+    Adapter { modules: like.modules.iter().map(now).collect(), ..like.clone() }
+}
+
+/// Module and part of the key of an adapter's parameter.
+fn split(key: &str) -> Option<(&str, &str)> {
+    key.rsplit_once(".lora.").or_else(|| key.rsplit_once("_lora."))
+}
