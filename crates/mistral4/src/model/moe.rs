@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::model::experts::Experts;
 use crate::model::gate::{Gate, Routing};
 use crate::model::mlp::Mlp;
+use crate::ops;
 use crate::weights::Parameters;
 
 /// What a caller may choose about the mixture beyond `config.json`.
