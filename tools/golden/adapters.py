@@ -116,7 +116,7 @@ def gradients_by_key(model) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-    gradients = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    gradients = {key: value.clone() for key, value in get_peft_model_state_dict(model).items() if "lora_" in key}
     for name, parameter in model.named_parameters():
         if name in values:
             parameter.data = values[name]
