@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use mistral4::model::Mistral4;
 use mistral4::model::dropout::DropoutSeed;
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, ParameterSource};
+use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, ParameterSource, QuantizedSource};
 use mistral4_checkpoint::adapter::{Adapter, Target};
 use mistral4_checkpoint::config::{Config, ConfigFile, ConfigOptions, SoftmaxScalePolicy, preset_names};
 use mistral4_checkpoint::hub::{self, HubOptions};
@@ -89,8 +89,16 @@ impl Setup {
                     (model.freeze(frozen(recipe.freeze_config)), None)
                 }
                 Some(peft) => {
-                    let adapter = adapters(recipe, peft, (&config.config, dtype), source.as_ref(), saved)?;
-                    let adapted = AdaptedSource::new(source.as_ref(), &adapter);
+                    let quantized = match (&checkpoint, recipe.quantization) {
+                        (Some(checkpoint), how) => {
+                            Some(QuantizedSource::of_checkpoint(source.as_ref(), checkpoint, how))
+                        }
+                        (None, Some(how)) => Some(QuantizedSource::new(source.as_ref(), &config.config, how)),
+                        (None, None) => None,
+                    };
+                    let source = quantized.as_ref().map_or(source.as_ref(), |source| source);
+                    let adapter = adapters(recipe, peft, (&config.config, dtype), source, saved)?;
+                    let adapted = AdaptedSource::new(source, &adapter);
                     let adapted = adapted.with_dropout(peft.dropout, peft.dropout_position, dropout.clone());
                     (Mistral4::new(&config.config, moe, &adapted, device)?.freeze_base(), Some(adapter))
                 }

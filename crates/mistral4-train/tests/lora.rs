@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::tensor::{Device, Tensor};
 use mistral4::checkpoint::adapter::{self, Adapter, LoraSettings};
 use mistral4::checkpoint::config::{ConfigFile, ConfigOptions};
-use mistral4::checkpoint::weights::{Checkpoint, DType, SaveDType, SaveOptions};
+use mistral4::checkpoint::weights::{
+    Bits, Checkpoint, DType, SaveDType, SaveOptions, WeightFormat, WeightQuantization, convert,
+};
 use mistral4::model::dropout::{DropoutPosition, DropoutSeed};
 use mistral4::model::moe::MoeOptions;
 use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, adapter_of};
@@ -285,6 +287,40 @@ fn recomputed_activations_drop_the_same_values() {
                 let diff = whole.iter().zip(&layered[key]).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
                 assert!(diff <= 1e-5 * norm + 1e-8, "{key}: {diff} of {norm}");
             }
+        }
+    }
+}
+
+#[test]
+fn adapters_over_quantised_weights_train_as_over_their_values() {
+    let place = Place::new();
+    let options = ConfigOptions::default();
+    let config = ConfigFile::preset("tiny", &options).unwrap().text_only();
+    let f32 = SaveOptions { dtype: SaveDType::Float(DType::F32), ..SaveOptions::default() };
+    base_model(&config).save(&place.path("full"), &config, &f32).unwrap();
+    let weights = WeightFormat::Int { bits: Bits::Four, group_size: 32, symmetric: true };
+    let packed = SaveDType::Packed(WeightQuantization { weights, lm_head: None });
+    for (from, to, dtype) in [("full", "packed", packed), ("packed", "values", SaveDType::Float(DType::F32))]
+    {
+        let from = Checkpoint::open(&place.path(from), &options).unwrap();
+        convert(&from, &place.path(to), &SaveOptions { dtype, ..f32 }).unwrap();
+    }
+    let losses = |run: &str, base: &str, more: &[(&str, &str)]| -> Vec<f64> {
+        let base = place.path(base);
+        let base = ("model.pretrained_model_name_or_path", base.to_str().unwrap());
+        let more = [&[base, ("model.torch_dtype", "float32")], more].concat();
+        place.train(run, &more).unwrap().steps.iter().map(|step| step.loss).collect()
+    };
+    let values = losses("over_values", "values", &[]);
+    assert!(values[9] < values[0]);
+    // Stored scales are rounded to bf16, those of weights that are quantised when loaded are not.
+    for (run, base, more, tolerance) in [
+        ("over_packed", "packed", &[][..], 2e-3),
+        ("quantised_when_loaded", "full", &[("quantization.weights", "int4")], 2e-2),
+        ("bitsandbytes_key", "full", &[("quantization.load_in_4bit", "true")], 2e-2),
+    ] {
+        for (step, (is, want)) in losses(run, base, more).iter().zip(&values).enumerate() {
+            assert!((is - want).abs() < tolerance * want, "{run}, step {step}: {is} against {want}");
         }
     }
 }

@@ -13,6 +13,7 @@ mod model;
 mod optimizer;
 mod overrides;
 mod peft;
+mod quantization;
 mod reader;
 mod report;
 mod training;
@@ -41,6 +42,8 @@ pub use training::{
 };
 
 pub use watching::{EarlyStoppingConfig, TensorBoardConfig};
+
+use mistral4_checkpoint::weights::WeightQuantization;
 
 use crate::error::{Error, Result};
 use reader::{Reading, Section};
@@ -110,6 +113,8 @@ pub struct Recipe {
     pub expert_load_every_steps: usize,
     /// Adapters.
     pub peft: Option<PeftConfig>,
+    /// How the base stays quantised in memory under them.
+    pub quantization: Option<WeightQuantization>,
     /// What each key does here.
     pub report: RecipeReport,
     /// The recipe with its overrides, variables as written.
@@ -176,6 +181,13 @@ impl Recipe {
                 key: "model.gate_bias_update_factor".to_owned(),
                 value: self.model.gate_bias_update_factor.to_string(),
                 message: "the router's bias is no part of an adapter; with `peft` it must be 0".to_owned(),
+            });
+        }
+        if self.peft.is_none() && self.quantization.is_some() {
+            return Err(Error::Inconsistent {
+                key: "quantization".to_owned(),
+                value: "set".to_owned(),
+                message: "quantised weights cannot be trained themselves; add a `peft` section".to_owned(),
             });
         }
         if self.peft.is_some() && matches!(self.dataset.tokenizer, TokenizerSource::Learned { .. }) {
@@ -288,6 +300,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let model = ModelConfig::read(&mut root, kind == RecipeKind::Vlm)?;
     let freeze_config = FreezeConfig::read(&mut root)?;
     let peft = PeftConfig::read(&mut root)?;
+    let quantization = quantization::read(&mut root)?;
     training::read_loss(&mut root)?;
     let optimizer = OptimizerConfig::read(&mut root)?;
     let optimizer_in_bwd = root
@@ -343,6 +356,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
         peak_tflops,
         expert_load_every_steps,
         peft,
+        quantization,
         report: RecipeReport::default(),
         text: String::new(),
     })
@@ -378,7 +392,6 @@ fn read_others(root: &mut Section<'_>) -> Result<()> {
     root.no_effect("benchmark", "`mistral4 bench` measures; a recipe trains");
     root.no_effect("processor", "the checkpoint's own image processor is used");
     root.unsupported("qat", "quantisation-aware training is not supported");
-    root.unsupported("quantization", "training over quantised weights is not supported yet");
     root.unsupported("neftune", "noise on embeddings is not supported yet");
     root.unsupported("tool_call_eval", "tool calls are not evaluated");
     root.unsupported("embedding_row_repair", "the checkpoint's embeddings are trained as they are");
