@@ -32,8 +32,9 @@ pub mod reference;
 
 pub use add::add;
 pub use attention::{
-    Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, Segment,
-    attention, attention_backward, latent_attention,
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, MlaAttention,
+    MlaDims, MlaGrads, Segment, attention, attention_backward, latent_attention, mla_attention,
+    mla_attention_backward,
 };
 pub use element::{Element, Index};
 pub use experts::{

@@ -6,11 +6,13 @@
 //! with the values.
 mod backward;
 mod blocks;
+mod expanded;
 mod few;
 mod forward;
 mod latent;
 
 pub use backward::{AttentionGrads, AttentionSaved, attention_backward};
+pub use expanded::{MlaAttention, MlaDims, MlaGrads, mla_attention, mla_attention_backward};
 pub use forward::attention;
 pub use latent::{LatentAttention, LatentDims, latent_attention};
 
@@ -34,6 +36,8 @@ pub struct AttentionDims {
     pub k_stride: usize,
     /// Distance between the values of neighbouring tokens.
     pub v_stride: usize,
+    /// Distance between the values of neighbouring key-value heads.
+    pub v_head_stride: usize,
 }
 
 impl AttentionDims {
@@ -47,6 +51,7 @@ impl AttentionDims {
             q_stride: heads * head_dim,
             k_stride: kv_heads * head_dim,
             v_stride: kv_heads * value_dim,
+            v_head_stride: value_dim,
         }
     }
 }
@@ -81,7 +86,7 @@ pub struct Attention<'a, T> {
     pub q: &'a [T],
     /// Keys, `[Tk, Nkv, H]` with rows `k_stride` apart.
     pub k: &'a [T],
-    /// Values, `[Tk, Nkv, Hv]` with rows `v_stride` apart; may be a part of the keys' memory.
+    /// Values, `[Tk, Nkv, Hv]` with rows `v_stride` and heads `v_head_stride` apart; may be a part of the keys' memory.
     pub v: &'a [T],
     /// Which queries attend which keys.
     pub segments: &'a [Segment],
@@ -112,7 +117,8 @@ impl<'a, T: Element> Attention<'a, T> {
             assert!(s.k.start <= s.k.end, "segment keys {:?}", s.k);
             assert!(last(s.q.end, d.q_stride, d.heads * d.head_dim) <= self.q.len(), "q holds {:?}", s.q);
             assert!(last(s.k.end, d.k_stride, d.kv_heads * d.head_dim) <= self.k.len(), "k holds {:?}", s.k);
-            assert!(last(s.k.end, d.v_stride, d.kv_heads * d.value_dim) <= self.v.len(), "v holds {:?}", s.k);
+            let value_row = (d.kv_heads - 1) * d.v_head_stride + d.value_dim;
+            assert!(last(s.k.end, d.v_stride, value_row) <= self.v.len(), "v holds {:?}", s.k);
         }
     }
 
@@ -130,6 +136,6 @@ impl<'a, T: Element> Attention<'a, T> {
     }
 
     fn v_row(&self, row: usize, kv_head: usize) -> &'a [T] {
-        &self.v[row * self.dims.v_stride + kv_head * self.dims.value_dim..][..self.dims.value_dim]
+        &self.v[row * self.dims.v_stride + kv_head * self.dims.v_head_stride..][..self.dims.value_dim]
     }
 }

@@ -117,7 +117,7 @@ impl Query {
 }
 
 fn value<T: Element>(input: &Attention<'_, T>, query: &Query, key: usize, i: usize) -> f64 {
-    f64::from(input.v[key * input.dims.v_stride + query.kv_head * input.dims.value_dim + i].to_f32())
+    f64::from(input.v[key * input.dims.v_stride + query.kv_head * input.dims.v_head_stride + i].to_f32())
 }
 
 fn for_each_query<T>(input: &Attention<'_, T>, mut visit: impl FnMut(Query)) {

@@ -1,8 +1,9 @@
 //! Attention against the plain twin.
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
-    Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, LatentAttention, LatentDims, Segment,
-    attention, attention_backward, bf16, latent_attention, reference,
+    Attention, AttentionDims, AttentionGrads, AttentionSaved, Element, LatentAttention, LatentDims,
+    MlaAttention, MlaDims, MlaGrads, Segment, attention, attention_backward, bf16, latent_attention,
+    mla_attention, mla_attention_backward, reference,
 };
 
 struct Case<T> {
@@ -115,6 +116,69 @@ fn values_inside_keys() {
         attention(&Attention { v: &case.k, ..case.input() }, &mut b, &mut lse);
         assert_eq!(a, b);
     });
+}
+
+/// Against the plain twin on keys and values that are laid out by hand.
+fn expanded_cases<T: Element>() {
+    let segments = vec![
+        Segment { q: 0..13, k: 0..13, causal: Some(0) },
+        Segment { q: 13..14, k: 13..14, causal: Some(0) },
+        Segment { q: 17..60, k: 17..60, causal: Some(0) },
+    ];
+    let dims = MlaDims { heads: 3, nope: 7, rope: 6, value_dim: 9 };
+    for (dims, tokens, segments) in [(dims, 61, segments), (dims, 0, vec![]), (dims, 2, whole(2, 2, Some(0)))]
+    {
+        let MlaDims { heads, nope, rope, value_dim } = dims;
+        let mut random = Random::new(tokens as u64);
+        let q = random.values::<T>(tokens * heads * (nope + rope), 1.0);
+        let kv = random.values::<T>(tokens * heads * (nope + value_dim), 1.0);
+        let k_pe = random.values::<T>(tokens * rope, 1.0);
+        let input = MlaAttention { dims, q: &q, kv: &kv, k_pe: &k_pe, segments: &segments, scale: 0.4 };
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for (index, head) in kv.chunks(nope + value_dim).enumerate() {
+            k.extend_from_slice(&head[..nope]);
+            k.extend_from_slice(&k_pe[index / heads * rope..][..rope]);
+            v.extend_from_slice(&head[nope..]);
+        }
+        let plain = AttentionDims::contiguous(heads, heads, nope + rope, value_dim);
+        let plain = Attention { dims: plain, q: &q, k: &k, v: &v, segments: &segments, scale: 0.4 };
+
+        let len = tokens * heads * value_dim;
+        let (mut got, mut want) = (poison::<T>(len), poison::<T>(len));
+        let mut lse = poison::<f32>(tokens * heads);
+        mla_attention(&input, &mut got, &mut lse);
+        reference::attention(&plain, &mut want, &mut lse.clone());
+        assert_close("out", &got, &want, tolerance::<T>());
+
+        let dout = random.values::<T>(len, 1.0);
+        let [mut dq, mut dkv, mut dk_pe] = [q.len(), kv.len(), k_pe.len()].map(poison::<T>);
+        let grads = MlaGrads { q: &mut dq, kv: &mut dkv, k_pe: &mut dk_pe };
+        mla_attention_backward(&input, AttentionSaved { out: &got, lse: &lse }, &dout, grads);
+        let [mut want_q, mut want_k, mut want_v] = [q.len(), k.len(), v.len()].map(poison::<T>);
+        let grads = AttentionGrads { q: &mut want_q, k: &mut want_k, v: &mut want_v };
+        reference::attention_backward(&plain, &dout, grads);
+        let (mut want_kv, mut want_pe) = (Vec::new(), vec![0.0f32; k_pe.len()]);
+        for (index, (dk, dv)) in want_k.chunks(nope + rope).zip(want_v.chunks(value_dim)).enumerate() {
+            want_kv.extend_from_slice(&dk[..nope]);
+            want_kv.extend_from_slice(dv);
+            let sums = &mut want_pe[index / heads * rope..][..rope];
+            sums.iter_mut().zip(&dk[nope..]).for_each(|(sum, dk)| *sum += dk.to_f32());
+        }
+        let want_pe: Vec<T> = want_pe.into_iter().map(T::from_f32).collect();
+        assert_close("dq", &dq, &want_q, 2.0 * tolerance::<T>());
+        assert_close("dkv", &dkv, &want_kv, 2.0 * tolerance::<T>());
+        assert_close("dk_pe", &dk_pe, &want_pe, 2.0 * tolerance::<T>());
+    }
+}
+
+#[test]
+fn f32_expanded() {
+    on_each_isa(|_| expanded_cases::<f32>());
+}
+
+#[test]
+fn bf16_expanded() {
+    on_each_isa(|_| expanded_cases::<bf16>());
 }
 
 fn latent_cases<T: Element>() {

@@ -18,7 +18,7 @@ use crate::model::cache::LayerCache;
 use crate::model::linear::Linear;
 use crate::model::norm::{LATENT_NORM_EPS, RmsNorm};
 use crate::model::rope::RotaryTables;
-use crate::ops::{self, AttentionSpec, LatentSpec, RopeSpec, Segment};
+use crate::ops::{self, AttentionSpec, MlaSpec, RopeSpec, Segment};
 use crate::weights::Parameters;
 
 /// Who sees whom in one forward pass.
@@ -188,15 +188,13 @@ impl Mla {
         let s = &self.shape;
         let tokens = latent.dims()[0];
         let kv = self.kv_b_proj.forward(latent).reshape([tokens, s.heads, s.nope + s.v]);
-        let k_nope = kv.clone().slice_dim(2, 0..s.nope);
-        let v = kv.slice_dim(2, s.nope..s.nope + s.v);
-        let k_pe = k_pe.reshape([tokens, 1, s.rope]).expand([tokens, s.heads, s.rope]);
-        let k = Tensor::cat(vec![k_nope, k_pe], 2);
         match mask {
-            AttentionMask::Segments(segments) => ops::attention(q, k, v, self.spec(segments)),
             // The first pass of a cache: its slots are exactly the tokens of this pass.
-            AttentionMask::Cached { segments, .. } => ops::attention(q, k, v, self.spec(segments)),
+            AttentionMask::Segments(segments) | AttentionMask::Cached { segments, .. } => {
+                ops::mla_attention(q, kv, k_pe, self.spec(segments))
+            }
             AttentionMask::Explicit(mask) => {
+                let (k, v) = ops::composite::expand(kv, k_pe, s.nope);
                 ops::composite::attention_with_mask(q, k, v, mask.as_ref().clone(), s.softmax_scale)
             }
         }
@@ -204,13 +202,13 @@ impl Mla {
 
     /// Attention over cached latents, `[B * slots, R + rope]`.
     fn attend_absorbed(&self, q: Tensor<3>, all: Tensor<2>, segments: &Arc<[Segment]>) -> Tensor<3> {
-        let s = &self.shape;
-        let spec = LatentSpec { attention: self.spec(segments), nope: s.nope, value_dim: s.v };
-        ops::latent_attention(q, all, self.kv_b_proj.merged_weight(), spec)
+        ops::latent_attention(q, all, self.kv_b_proj.merged_weight(), self.spec(segments))
     }
 
-    fn spec(&self, segments: &Arc<[Segment]>) -> AttentionSpec {
-        AttentionSpec { scale: self.shape.softmax_scale, segments: segments.clone() }
+    fn spec(&self, segments: &Arc<[Segment]>) -> MlaSpec {
+        let s = &self.shape;
+        let attention = AttentionSpec { scale: s.softmax_scale, segments: segments.clone() };
+        MlaSpec { attention, nope: s.nope, value_dim: s.v }
     }
 }
 

@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use mistral4_checkpoint::config::Activation;
 
 use super::extension::FusedOps;
-use super::{AttentionSpec, LatentSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 /// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
 #[derive(Debug, Clone)]
@@ -40,6 +40,17 @@ pub(super) struct AttentionSaved<B: Backend> {
     pub(super) out: FloatTensor<B>,
     pub(super) lse: FloatTensor<B>,
     pub(super) spec: AttentionSpec,
+}
+
+/// Inputs and results of [`FusedOps::mla_attention`], kept for its backward pass.
+#[derive(Debug, Clone)]
+pub(super) struct MlaSaved<B: Backend> {
+    pub(super) q: FloatTensor<B>,
+    pub(super) kv: FloatTensor<B>,
+    pub(super) k_pe: FloatTensor<B>,
+    pub(super) out: FloatTensor<B>,
+    pub(super) lse: FloatTensor<B>,
+    pub(super) spec: MlaSpec,
 }
 
 /// Loss and the gradients that were asked for, computed in one pass.
@@ -79,6 +90,15 @@ pub(super) trait BackwardKernels: FusedOps {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// Gradients of `(q, k, v)`.
     fn attention_backward(saved: AttentionSaved<Self>, dout: FloatTensor<Self>) -> [FloatTensor<Self>; 3];
+    /// Output and log-sum-exp of each query row and head.
+    fn mla_attention_with_lse(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        spec: &MlaSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// Gradients of `(q, kv, k_pe)`.
+    fn mla_attention_backward(saved: MlaSaved<Self>, dout: FloatTensor<Self>) -> [FloatTensor<Self>; 3];
     /// Gradients of gate and up, from `[gate, up, dout]`.
     fn gated_backward(saved: [FloatTensor<Self>; 3], activation: Activation) -> [FloatTensor<Self>; 2];
     /// Gradients of `(x, weights, gate_up, down)`, each only if wanted.
@@ -163,6 +183,19 @@ impl<B: BackwardKernels> Backward<B, 3> for Attention {
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = grads.consume::<B>(&ops.node);
         let gradients = B::attention_backward(ops.state, dout).map(Some);
+        register::<B, 3>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
+    }
+}
+
+#[derive(Debug)]
+struct MlaAttention;
+
+impl<B: BackwardKernels> Backward<B, 3> for MlaAttention {
+    type State = MlaSaved<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = grads.consume::<B>(&ops.node);
+        let gradients = B::mla_attention_backward(ops.state, dout).map(Some);
         register::<B, 3>(ops.parents.map(|p| p.map(|p| p.id)), gradients, grads);
     }
 }
@@ -316,11 +349,28 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         }
     }
 
+    fn mla_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        spec: MlaSpec,
+    ) -> FloatTensor<Self> {
+        let op = MlaAttention.prepare::<C>([q.node(), kv.node(), k_pe.node()]).compute_bound().stateful();
+        let [q, kv, k_pe] = [q, kv, k_pe].map(|t| t.into_primitive());
+        match op {
+            OpsKind::Tracked(op) => {
+                let (out, lse) = B::mla_attention_with_lse(q.clone(), kv.clone(), k_pe.clone(), &spec);
+                op.finish(MlaSaved { q, kv, k_pe, out: out.clone(), lse, spec }, out)
+            }
+            OpsKind::UnTracked(op) => op.finish(<B as FusedOps>::mla_attention(q, kv, k_pe, spec)),
+        }
+    }
+
     fn latent_attention(
         q: FloatTensor<Self>,
         latents: FloatTensor<Self>,
         kv_b: FloatTensor<Self>,
-        spec: LatentSpec,
+        spec: MlaSpec,
     ) -> FloatTensor<Self> {
         // The caller has made sure that nothing here is tracked.
         let [q, latents, kv_b] = [q, latents, kv_b].map(|t| t.into_primitive());

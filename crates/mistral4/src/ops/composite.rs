@@ -6,7 +6,7 @@ use burn::tensor::{
 };
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, LatentSpec, RopeSpec, activation};
+use super::{AttentionSpec, MlaSpec, RopeSpec, activation};
 
 /// See [`super::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
@@ -103,8 +103,27 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) 
     Tensor::cat(parts, 0)
 }
 
+/// See [`super::mla_attention`].
+pub fn mla_attention(q: Tensor<3>, kv: Tensor<3>, k_pe: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
+    let (k, v) = expand(kv, k_pe, spec.nope);
+    super::attention(q, k, v, spec.attention)
+}
+
+/// Keys `[T, N, nope + rope]` and values `[T, N, v]` of all heads.
+///
+/// # Shapes
+/// - `kv`: `[T, N, nope + v]`, `k_pe`: `[T, rope]`
+pub fn expand(kv: Tensor<3>, k_pe: Tensor<2>, nope: usize) -> (Tensor<3>, Tensor<3>) {
+    let [tokens, heads, width] = kv.dims();
+    let rope = k_pe.dims()[1];
+    let k_nope = kv.clone().slice_dim(2, 0..nope);
+    let v = kv.slice_dim(2, nope..width);
+    let k_pe = k_pe.reshape([tokens, 1, rope]).expand([tokens, heads, rope]);
+    (Tensor::cat(vec![k_nope, k_pe], 2), v)
+}
+
 /// See [`super::latent_attention`].
-pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: LatentSpec) -> Tensor<3> {
+pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
     let [_, heads, head_dim] = q.dims();
     let [slots, width] = latents.dims();
     let rank = kv_b.dims()[1];

@@ -7,7 +7,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, LatentSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -34,12 +34,20 @@ pub(super) trait FusedOps: Backend {
         spec: AttentionSpec,
     ) -> FloatTensor<Self>;
 
+    /// See [`super::mla_attention`].
+    fn mla_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        spec: MlaSpec,
+    ) -> FloatTensor<Self>;
+
     /// See [`super::latent_attention`].
     fn latent_attention(
         q: FloatTensor<Self>,
         latents: FloatTensor<Self>,
         kv_b: FloatTensor<Self>,
-        spec: LatentSpec,
+        spec: MlaSpec,
     ) -> FloatTensor<Self>;
 
     /// See [`super::gated`].
@@ -95,11 +103,16 @@ pub(super) fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: Attentio
     ))
 }
 
+pub(super) fn mla_attention(q: Tensor<3>, kv: Tensor<3>, k_pe: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
+    let [q, kv, k_pe] = [q.into_dispatch(), kv.into_dispatch(), k_pe.into_dispatch()];
+    Tensor::from_dispatch(<Dispatch as FusedOps>::mla_attention(q, kv, k_pe, spec))
+}
+
 pub(super) fn latent_attention(
     q: Tensor<3>,
     latents: Tensor<2>,
     kv_b: Tensor<2>,
-    spec: LatentSpec,
+    spec: MlaSpec,
 ) -> Tensor<3> {
     let [q, latents, kv_b] = [q.into_dispatch(), latents.into_dispatch(), kv_b.into_dispatch()];
     Tensor::from_dispatch(<Dispatch as FusedOps>::latent_attention(q, latents, kv_b, spec))

@@ -9,9 +9,9 @@ use half::bf16;
 use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
-use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MoeInputs, RmsNormSaved};
+use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, RmsNormSaved};
 use super::extension::FusedOps;
-use super::{AttentionSpec, LatentSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 type F = FloatTensor<Flex>;
 type I = IntTensor<Flex>;
@@ -110,8 +110,33 @@ fn attention_inputs<'a, T: kernels::Element + BurnElement + bytemuck::Pod>(
     let [_, heads, head_dim] = q.shape().dims();
     let [_, kv_heads, value_dim] = v.shape().dims();
     let ((q, q_stride), (k, k_stride), (v, v_stride)) = (strided(q), strided(k), strided(v));
-    let dims = kernels::AttentionDims { heads, kv_heads, head_dim, value_dim, q_stride, k_stride, v_stride };
+    let dims = kernels::AttentionDims {
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        q_stride,
+        k_stride,
+        v_stride,
+        v_head_stride: value_dim,
+    };
     kernels::Attention { dims, q, k, v, segments: &spec.segments, scale: spec.scale as f32 }
+}
+
+fn mla_inputs<'a, T: kernels::Element + BurnElement + bytemuck::Pod>(
+    [q, kv, k_pe]: [&'a F; 3],
+    spec: &'a MlaSpec,
+) -> kernels::MlaAttention<'a, T> {
+    let [_, heads, head_dim] = q.shape().dims();
+    let (nope, value_dim) = (spec.nope, spec.value_dim);
+    kernels::MlaAttention {
+        dims: kernels::MlaDims { heads, nope, rope: head_dim - nope, value_dim },
+        q: slice(q),
+        kv: slice(kv),
+        k_pe: slice(k_pe),
+        segments: &spec.attention.segments,
+        scale: spec.attention.scale as f32,
+    }
 }
 
 fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
@@ -159,7 +184,11 @@ impl FusedOps for Flex {
         Flex::attention_with_lse(q, k, v, &spec).0
     }
 
-    fn latent_attention(q: F, latents: F, kv_b: F, spec: LatentSpec) -> F {
+    fn mla_attention(q: F, kv: F, k_pe: F, spec: MlaSpec) -> F {
+        Flex::mla_attention_with_lse(q, kv, k_pe, &spec).0
+    }
+
+    fn latent_attention(q: F, latents: F, kv_b: F, spec: MlaSpec) -> F {
         let [tokens, heads, head_dim] = q.shape().dims();
         let [_, rank] = kv_b.shape().dims();
         let (nope, value_dim) = (spec.nope, spec.value_dim);
@@ -322,6 +351,30 @@ impl BackwardKernels for Flex {
             );
             let [q, k, v] = shapes;
             [tensor(dq, q), tensor(dk, k), tensor(dv, v)]
+        })
+    }
+
+    fn mla_attention_with_lse(q: F, kv: F, k_pe: F, spec: &MlaSpec) -> (F, F) {
+        let [rows, heads, _] = q.shape().dims();
+        let [q, kv, k_pe] = [q, kv, k_pe].map(|t| t.to_contiguous());
+        by_dtype!(q, T => {
+            let (mut out, mut lse) =
+                (zeros::<T>(rows * heads * spec.value_dim), zeros::<f32>(rows * heads));
+            kernels::mla_attention(&mla_inputs::<T>([&q, &kv, &k_pe], spec), &mut out, &mut lse);
+            (tensor(out, [rows, heads, spec.value_dim]), tensor(lse, [rows, heads]))
+        })
+    }
+
+    fn mla_attention_backward(saved: MlaSaved<Flex>, dout: F) -> [F; 3] {
+        let MlaSaved { q, kv, k_pe, out, lse, spec } = saved;
+        let [q, kv, k_pe, out, lse, dout] = [q, kv, k_pe, out, lse, dout].map(|t| t.to_contiguous());
+        by_dtype!(q, T => {
+            let [mut dq, mut dkv, mut dk_pe] = [&q, &kv, &k_pe].map(|t| zeros::<T>(elements(t)));
+            let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
+            let grads = kernels::MlaGrads { q: &mut dq, kv: &mut dkv, k_pe: &mut dk_pe };
+            let inputs = mla_inputs::<T>([&q, &kv, &k_pe], &spec);
+            kernels::mla_attention_backward(&inputs, saved, slice::<T>(&dout), grads);
+            [tensor(dq, q.shape()), tensor(dkv, kv.shape()), tensor(dk_pe, k_pe.shape())]
         })
     }
 

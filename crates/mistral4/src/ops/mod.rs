@@ -121,15 +121,28 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: AttentionSpec) 
     composite::attention(q, k, v, spec)
 }
 
-/// Sizes and mask of attention over cached latents.
+/// Sizes and mask of multi-head latent attention.
 #[derive(Debug, Clone)]
-pub struct LatentSpec {
-    /// Scale and segments; key rows are slots of the cache.
+pub struct MlaSpec {
+    /// Scale and segments.
     pub attention: AttentionSpec,
-    /// Entries of a query that meet the latent; the rotated part follows them.
+    /// Entries of a query that are not rotated; the rotated part follows them.
     pub nope: usize,
     /// Entries of a head's output.
     pub value_dim: usize,
+}
+
+/// Multi-head latent attention among the tokens of one pass, with keys and values expanded by `kv_b_proj`.
+///
+/// # Shapes
+/// - `q`: `[T, N, nope + rope]`, `kv`: `[T, N, nope + v]`, `k_pe`: `[T, rope]`
+/// - output: `[T, N, v]`
+pub fn mla_attention(q: Tensor<3>, kv: Tensor<3>, k_pe: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if is_fused(&q.device()) {
+        return extension::mla_attention(q, kv, k_pe, spec);
+    }
+    composite::mla_attention(q, kv, k_pe, spec)
 }
 
 /// Multi-head latent attention over cached latents in the absorbed form: `kv_b` is applied to queries and outputs.
@@ -141,7 +154,7 @@ pub struct LatentSpec {
 /// # Shapes
 /// - `q`: `[T, N, nope + rope]`, `latents`: `[slots, R + rope]`, `kv_b`: `[N * (nope + v), R]`
 /// - output: `[T, N, v]`
-pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: LatentSpec) -> Tensor<3> {
+pub fn latent_attention(q: Tensor<3>, latents: Tensor<2>, kv_b: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
     #[cfg(feature = "flex")]
     if is_fused(&q.device()) && !q.is_tracked() && !latents.is_tracked() && !kv_b.is_tracked() {
         return extension::latent_attention(q, latents, kv_b, spec);

@@ -167,6 +167,27 @@ fn attention_reads_values_inside_of_keys() {
 }
 
 #[test]
+fn mla_attention_equals_composite() {
+    let (tokens, heads, nope, rope, value_dim) = (20, 3, 5, 6, 7);
+    let segments: Arc<[Segment]> =
+        vec![Segment { q: 0..5, k: 0..5, causal: Some(0) }, Segment { q: 6..20, k: 6..20, causal: Some(0) }]
+            .into();
+    let spec = MlaSpec { attention: AttentionSpec { scale: 0.5, segments }, nope, value_dim };
+    let flat = [
+        random([tokens * heads * (nope + rope)], 37),
+        random([tokens * heads * (nope + value_dim)], 38),
+        random([tokens * rope], 39),
+    ];
+    let run = |[q, kv, k_pe]: [Tensor<1>; 3],
+               op: fn(Tensor<3>, Tensor<3>, Tensor<2>, MlaSpec) -> Tensor<3>| {
+        let q = q.reshape([tokens, heads, nope + rope]);
+        let kv = kv.reshape([tokens, heads, nope + value_dim]);
+        op(q, kv, k_pe.reshape([tokens, rope]), spec.clone())
+    };
+    compare("mla_attention", flat, |x| run(x, mla_attention), |x| run(x, composite::mla_attention));
+}
+
+#[test]
 fn latent_attention_equals_composite_over_a_strided_cache() {
     let (tokens, heads, nope, rope, rank, value_dim) = (3, 4, 5, 6, 10, 7);
     // The cache has room for more slots than are read, as a growing cache has.
@@ -174,7 +195,7 @@ fn latent_attention_equals_composite_over_a_strided_cache() {
     let q = random([tokens, heads, nope + rope], 31);
     let kv_b = random([heads * (nope + value_dim), rank], 32);
     let segments: Arc<[Segment]> = vec![Segment { q: 0..3, k: 1..8, causal: Some(4) }].into();
-    let spec = LatentSpec { attention: AttentionSpec { scale: 0.5, segments }, nope, value_dim };
+    let spec = MlaSpec { attention: AttentionSpec { scale: 0.5, segments }, nope, value_dim };
     let got = values(latent_attention(q.clone(), latents.clone(), kv_b.clone(), spec.clone()));
     let want = values(composite::latent_attention(q.clone(), latents.clone(), kv_b.clone(), spec.clone()));
     assert_close("latent_attention", &got, &want, 1e-6);
