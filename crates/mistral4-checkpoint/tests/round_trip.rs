@@ -464,3 +464,38 @@ fn impossible_packings_are_refused() {
     let error = attempt(32, ConfigForm::Native);
     assert!(error.contains("no packed integers"), "{error}");
 }
+
+#[test]
+fn a_part_is_read_alone_in_every_form() {
+    let config = tiny();
+    for (dtype, form) in [
+        (F32, ConfigForm::Hf),
+        (BF16, ConfigForm::Native),
+        (SaveDType::Fp8, ConfigForm::Hf),
+        (SaveDType::Fp8, ConfigForm::Native),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &config, &SaveOptions { dtype, form, ..SaveOptions::default() });
+        let whole = open(folder.path());
+        let stored: usize = whole.stored().map(|(.., bytes)| bytes).sum();
+        let mut sum = 0;
+        for rank in 0..3 {
+            let checkpoint = open(folder.path());
+            for spec in checkpoint.tensors() {
+                let elements = spec.shape.iter().product::<usize>();
+                let range = elements * rank / 3..elements * (rank + 1) / 3;
+                let part = checkpoint.read_part(&spec.key, range.clone(), DType::F32).unwrap().into_f32();
+                assert_eq!(part, values(&whole, &spec)[range], "{} in {dtype:?}, {form:?}", spec.key);
+            }
+            assert!(
+                checkpoint.bytes_read() < stored as u64 * 2 / 5,
+                "{} of {stored}",
+                checkpoint.bytes_read()
+            );
+            sum += checkpoint.bytes_read();
+        }
+        // Scales count as stored, not as read; the tower's rows of the native form are read by every rank.
+        let stored = stored as f64;
+        assert!((0.9 * stored..1.05 * stored).contains(&(sum as f64)), "{sum} of {stored}");
+    }
+}

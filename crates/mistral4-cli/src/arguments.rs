@@ -156,7 +156,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arg
 
 /// Moves the options of `train` itself in front of the recipe, since all that follows it is taken for overrides.
 fn own_options_first(arguments: Vec<OsString>) -> Vec<OsString> {
-    const WITH_VALUE: [&str; 2] = ["--device", "--threads"];
+    const WITH_VALUE: [&str; 3] = ["--device", "--nproc", "--threads"];
     const ALONE: [&str; 4] = ["--dry-run", "--dashboard", "--help", "-h"];
     let is_command = |argument: &OsString| Arguments::command().find_subcommand(argument).is_some();
     let Some(train) = arguments.iter().position(is_command) else { return arguments };
@@ -225,12 +225,11 @@ mod tests {
 
     #[test]
     fn options_of_train_may_follow_the_recipe() {
-        let line =
-            "mistral4 train r.yaml --a.b 1 --device=cuda:2 --dry-run --dashboard 0 --threads 3 --c.device x";
+        let line = "mistral4 train r.yaml --a.b 1 --device=cuda:2 --dry-run --dashboard 0 --threads 3 --nproc 2 --c.device x";
         let Ok(arguments) = parse(line.split(' ').map(OsString::from)) else { panic!("{line} is right") };
         assert_eq!(arguments.threads, Some(3));
         let Command::Train(train) = arguments.command else { panic!("the command is train") };
-        assert!(train.dry_run);
+        assert!(train.dry_run && train.nproc == Some(2));
         assert_eq!(train.compute.device, DeviceChoice::Cuda(2));
         assert_eq!(train.overrides, ["--a.b", "1", "--c.device", "x"]);
         assert_eq!(train.dashboard, Some(0));

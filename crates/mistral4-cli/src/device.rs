@@ -63,6 +63,14 @@ impl DeviceChoice {
         }
     }
 
+    /// The device of one of several ranks of a machine, which number `cuda` by their places there.
+    pub(crate) fn of_rank(self, local_rank: usize) -> Self {
+        match self {
+            DeviceChoice::Cuda(first) => DeviceChoice::Cuda(first + local_rank),
+            other => other,
+        }
+    }
+
     /// Whether computing happens on the CPU.
     pub fn is_cpu(self) -> bool {
         self == DeviceChoice::Flex

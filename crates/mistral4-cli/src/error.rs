@@ -235,6 +235,7 @@ impl From<TrainError> for Error {
             E::NotFinite { .. } | E::LossSpike { .. } => {
                 (ErrorKind::Failed, "the last checkpoint is untouched; start from it with other settings")
             }
+            E::OtherRank { .. } => (ErrorKind::Failed, "that rank says more"),
             E::Read { .. } => (ErrorKind::Input, "check the path"),
             E::Port { .. } => (ErrorKind::Input, "give another port; 0 takes any that is free"),
             E::Write { .. } => (ErrorKind::Failed, "check that the folder may be written to and has space"),

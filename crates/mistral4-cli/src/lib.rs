@@ -9,6 +9,7 @@ mod curve;
 mod device;
 mod error;
 mod format;
+mod launch;
 mod load;
 mod progress;
 pub mod quantize;

@@ -6,7 +6,9 @@ use burn::module::Module;
 use burn::tensor::{DType, Device, Gradients as BurnGradients, Int, Tensor, TensorData};
 use mistral4::inputs::{Layout, ModelInputs};
 use mistral4::model::Mistral4;
-use mistral4::model::decoder_layer::LayerContext;
+use mistral4::model::decoder_layer::{DecoderLayer, LayerContext};
+use mistral4::model::linear::Linear;
+use mistral4::model::norm::RmsNorm;
 use mistral4::weights::take_gradients;
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
@@ -20,7 +22,7 @@ pub struct Gradients(BTreeMap<String, Tensor<1>>);
 
 impl Gradients {
     /// Adds to the gradient of `key`.
-    fn add(&mut self, key: String, gradient: Tensor<1>) {
+    pub(crate) fn add(&mut self, key: String, gradient: Tensor<1>) {
         let gradient = gradient.cast(DType::F32);
         let sum = match self.0.remove(&key) {
             Some(sum) => sum + gradient,
@@ -37,6 +39,11 @@ impl Gradients {
     /// Takes the gradient of `key` out.
     pub fn remove(&mut self, key: &str) -> Option<Tensor<1>> {
         self.0.remove(key)
+    }
+
+    /// Adds all gradients of another set.
+    pub(crate) fn extend(&mut self, other: Self) {
+        other.0.into_iter().for_each(|(key, gradient)| self.add(key, gradient));
     }
 
     /// Keys and gradients, in the order of keys.
@@ -70,10 +77,65 @@ impl Gradients {
             *gradient = scaled;
         }
     }
+}
 
-    /// Takes the gradients of a module's parameters out of a backward pass.
-    fn collect<M: Module>(&mut self, module: &M, prefix: &str, from: &mut BurnGradients) {
-        take_gradients(module, from, |key, gradient| self.add(format!("{prefix}{key}"), gradient));
+/// Parameters that are needed at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unit {
+    /// Embeddings, vision tower and projector.
+    Front,
+    /// A decoder layer.
+    Layer(usize),
+    /// The final norm and `lm_head`.
+    Head,
+}
+
+/// Where the walk through a model finds parameters and leaves gradients.
+///
+/// `next` is the unit that the walk needs after this one, which a store may begin to fetch.
+pub trait ParameterStore {
+    /// The model, of whose parameters those of the front are present.
+    fn front(&mut self, next: Option<Unit>) -> Mistral4;
+
+    /// A layer.
+    fn layer(&mut self, index: usize, next: Option<Unit>) -> DecoderLayer;
+
+    /// The final norm and `lm_head`.
+    fn head(&mut self, next: Option<Unit>) -> (RmsNorm, Linear);
+
+    /// Whether any parameter of a unit is trained.
+    fn trains(&self, unit: Unit) -> bool;
+
+    /// Takes the gradients of a unit's parameters, by canonical key, flat.
+    fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>);
+}
+
+/// A model that is all here.
+struct Whole<'a> {
+    model: &'a Mistral4,
+    gradients: &'a mut Gradients,
+}
+
+impl ParameterStore for Whole<'_> {
+    fn front(&mut self, _: Option<Unit>) -> Mistral4 {
+        self.model.clone()
+    }
+
+    fn layer(&mut self, index: usize, _: Option<Unit>) -> DecoderLayer {
+        self.model.text().model.layers[index].clone()
+    }
+
+    fn head(&mut self, _: Option<Unit>) -> (RmsNorm, Linear) {
+        let text = self.model.text();
+        (text.model.norm.clone(), text.lm_head.clone())
+    }
+
+    fn trains(&self, _: Unit) -> bool {
+        true
+    }
+
+    fn add(&mut self, _: Unit, gradients: Vec<(String, Tensor<1>)>) {
+        gradients.into_iter().for_each(|(key, gradient)| self.gradients.add(key, gradient));
     }
 }
 
@@ -175,7 +237,7 @@ pub fn forward_backward(
 ) -> Result<MicroBatchLoss> {
     match activations {
         Activations::Kept => whole(model, batch, scale, gradients),
-        Activations::Recomputed => layer_by_layer(model, batch, scale, gradients),
+        Activations::Recomputed => layer_by_layer(&mut Whole { model, gradients }, model, batch, scale),
     }
 }
 
@@ -184,14 +246,27 @@ pub fn forward_backward(
 /// # Errors
 /// Inputs that the model refuses.
 pub fn evaluate(model: &Mistral4, batch: &LabelledInputs) -> Result<f64> {
-    let text = model.text();
-    let mut x = model.embed(&batch.inputs)?;
-    let context = text.model.context(&batch.inputs, None)?;
-    for layer in &text.model.layers {
-        x = layer.forward(x, &context, None).0;
+    evaluate_from(&mut Whole { model, gradients: &mut Gradients::default() }, model, batch)
+}
+
+/// As [`evaluate`], with the parameters of a store; of `model`, only its shape counts.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_from(
+    store: &mut dyn ParameterStore,
+    model: &Mistral4,
+    batch: &LabelledInputs,
+) -> Result<f64> {
+    let order = Order { layers: model.text().model.layers.len() };
+    let mut x = store.front(Some(order.after(Unit::Front))).embed(&batch.inputs)?;
+    let context = model.text().model.context(&batch.inputs, None)?;
+    for index in 0..order.layers {
+        x = store.layer(index, Some(order.after(Unit::Layer(index)))).forward(x, &context, None).0;
     }
     let labels = batch.labels(&x.device());
-    let loss = text.lm_head.cross_entropy(text.model.norm.forward(x), labels);
+    let (norm, lm_head) = store.head(None);
+    let loss = lm_head.cross_entropy(norm.forward(x), labels);
     Ok(f64::from(loss.into_scalar::<f32>()))
 }
 
@@ -237,17 +312,47 @@ fn add(total: Option<Tensor<1>>, part: Tensor<1>) -> Option<Tensor<1>> {
     })
 }
 
+/// The order in which a pass needs the units.
+struct Order {
+    layers: usize,
+}
+
+impl Order {
+    /// The unit after one, in the forward pass.
+    fn after(&self, unit: Unit) -> Unit {
+        match unit {
+            Unit::Layer(index) if index + 1 < self.layers => Unit::Layer(index + 1),
+            Unit::Front if self.layers > 0 => Unit::Layer(0),
+            _ => Unit::Head,
+        }
+    }
+
+    /// The unit before one, which the backward pass needs next.
+    fn before(&self, unit: Unit) -> Unit {
+        match unit {
+            Unit::Head if self.layers > 0 => Unit::Layer(self.layers - 1),
+            Unit::Layer(index) if index > 0 => Unit::Layer(index - 1),
+            _ => Unit::Front,
+        }
+    }
+}
+
 /// Forward without a graph, keeping each layer's input; then each layer again, alone, from last to first.
-fn layer_by_layer(
+///
+/// The parameters are those of the store; of `model`, only its shape counts.
+///
+/// # Errors
+/// Inputs that the model refuses.
+pub fn layer_by_layer(
+    store: &mut dyn ParameterStore,
     model: &Mistral4,
     batch: &LabelledInputs,
     scale: LossScale,
-    gradients: &mut Gradients,
 ) -> Result<MicroBatchLoss> {
-    let mut pass = LayerPass::forward(model, batch, scale)?;
-    pass.head(model, gradients);
-    while pass.layer(model, gradients) {}
-    pass.embeddings(model, gradients)?;
+    let mut pass = LayerPass::forward(store, model, batch, scale)?;
+    pass.head(store);
+    while pass.layer(store) {}
+    pass.front(store)?;
     Ok(pass.measured)
 }
 
@@ -266,22 +371,23 @@ pub fn update_in_backward(
     scale: LossScale,
     mut update: impl FnMut(Mistral4, &mut Gradients) -> Mistral4,
 ) -> Result<(Mistral4, MicroBatchLoss, f64)> {
-    let mut pass = LayerPass::forward(&model, batch, scale)?;
     let mut gradients = Gradients::default();
+    let mut pass =
+        LayerPass::forward(&mut Whole { model: &model, gradients: &mut gradients }, &model, batch, scale)?;
     let mut squares = 0.0;
     let mut take = |model: Mistral4, gradients: &mut Gradients| {
         squares += gradients.norm().powi(2);
         if f64::is_finite(squares) { update(model, gradients) } else { model }
     };
-    pass.head(&model, &mut gradients);
+    pass.head(&mut Whole { model: &model, gradients: &mut gradients });
     if !pass.measured.loss_sum.is_finite() {
         return Ok((model, pass.measured, f64::NAN));
     }
     model = take(model, &mut gradients);
-    while pass.layer(&model, &mut gradients) {
+    while pass.layer(&mut Whole { model: &model, gradients: &mut gradients }) {
         model = take(model, &mut gradients);
     }
-    pass.embeddings(&model, &mut gradients)?;
+    pass.front(&mut Whole { model: &model, gradients: &mut gradients })?;
     model = take(model, &mut gradients);
     Ok((model, pass.measured, squares.sqrt()))
 }
@@ -292,6 +398,8 @@ struct LayerPass<'a> {
     scale: LossScale,
     measured: MicroBatchLoss,
     context: LayerContext,
+    order: Order,
+    prefix: &'static str,
     /// Inputs of the layers that are still to come, first layer first.
     inputs: Vec<Tensor<2>>,
     /// Before the head: its input; then the gradient of the output of the layer that is next.
@@ -299,14 +407,20 @@ struct LayerPass<'a> {
 }
 
 impl<'a> LayerPass<'a> {
-    fn forward(model: &Mistral4, batch: &'a LabelledInputs, scale: LossScale) -> Result<Self> {
-        let text = model.text();
+    fn forward(
+        store: &mut dyn ParameterStore,
+        model: &Mistral4,
+        batch: &'a LabelledInputs,
+        scale: LossScale,
+    ) -> Result<Self> {
+        let order = Order { layers: model.text().model.layers.len() };
         let mut measured = MicroBatchLoss::default();
-        let mut x = model.embed(&batch.inputs)?;
-        let context = text.model.context(&batch.inputs, None)?;
-        let mut inputs = Vec::with_capacity(text.model.layers.len());
-        for (index, layer) in text.model.layers.iter().enumerate() {
+        let mut x = store.front(Some(order.after(Unit::Front))).embed(&batch.inputs)?;
+        let context = model.text().model.context(&batch.inputs, None)?;
+        let mut inputs = Vec::with_capacity(order.layers);
+        for index in 0..order.layers {
             inputs.push(x.clone());
+            let layer = store.layer(index, Some(order.after(Unit::Layer(index))));
             let (y, routing) = layer.forward(x, &context, None);
             x = y;
             if let Some(routing) = routing {
@@ -314,52 +428,73 @@ impl<'a> LayerPass<'a> {
                 measured.aux_loss += routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
             }
         }
-        Ok(Self { batch, scale, measured, context, inputs, x })
+        Ok(Self { batch, scale, measured, context, order, prefix: model.text_prefix(), inputs, x })
+    }
+
+    /// What follows a unit on the way back; the front not at all where none of it is trained.
+    fn next(&self, store: &dyn ParameterStore, unit: Unit) -> Option<Unit> {
+        let before = self.order.before(unit);
+        (before != Unit::Front || store.trains(Unit::Front)).then_some(before)
     }
 
     /// The loss, and the gradients of the output projection and of the final norm.
-    fn head(&mut self, model: &Mistral4, gradients: &mut Gradients) {
-        let (text, prefix) = (model.text(), model.text_prefix());
-        let norm = text.model.norm.clone().train();
-        let lm_head = text.lm_head.clone().train();
+    fn head(&mut self, store: &mut dyn ParameterStore) {
+        let next = self.next(store, Unit::Head);
+        let (norm, lm_head) = store.head(next);
+        let (norm, lm_head) = (norm.train(), lm_head.train());
         let labels = self.batch.labels(&self.x.device());
         let leaf = self.x.clone().autodiff().require_grad();
         let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels);
         self.measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
         let mut from = (loss * self.scale.per_token).backward();
-        gradients.collect(&norm, &format!("{prefix}model.norm."), &mut from);
-        gradients.collect(&lm_head, &format!("{prefix}lm_head."), &mut from);
+        let mut gradients = collect(&norm, &format!("{}model.norm.", self.prefix), &mut from);
+        gradients.extend(collect(&lm_head, &format!("{}lm_head.", self.prefix), &mut from));
+        store.add(Unit::Head, gradients);
         self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
     }
 
     /// The gradients of the last layer that is left; false when there is none.
-    fn layer(&mut self, model: &Mistral4, gradients: &mut Gradients) -> bool {
+    fn layer(&mut self, store: &mut dyn ParameterStore) -> bool {
         let Some(input) = self.inputs.pop() else { return false };
-        let (index, prefix) = (self.inputs.len(), model.text_prefix());
-        let layer = model.text().model.layers[index].clone().train();
+        let index = self.inputs.len();
+        let unit = Unit::Layer(index);
+        let next = self.next(store, unit);
+        let layer = store.layer(index, next).train();
         let leaf = input.autodiff().require_grad();
         let total = seeded(&layer, leaf.clone(), &self.context, self.x.clone(), self.scale.aux);
         let mut from = total.backward();
-        gradients.collect(&layer, &format!("{prefix}model.layers.{index}."), &mut from);
+        store.add(unit, collect(&layer, &format!("{}model.layers.{index}.", self.prefix), &mut from));
         self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
         true
     }
 
     /// The gradients of the embeddings, and of the vision tower and the projector.
-    fn embeddings(&self, model: &Mistral4, gradients: &mut Gradients) -> Result<()> {
-        let trained = model.train();
+    fn front(&self, store: &mut dyn ParameterStore) -> Result<()> {
+        if !store.trains(Unit::Front) {
+            return Ok(());
+        }
+        let trained = store.front(None).train();
         let embeds = trained.embed(&self.batch.inputs)?;
+        let mut gradients = Vec::new();
         if embeds.is_tracked() {
             let mut from = (embeds * self.x.clone().autodiff()).sum().backward();
-            trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
+            trained.take_gradients(&mut from, |key, gradient| gradients.push((key, gradient)));
         }
+        store.add(Unit::Front, gradients);
         Ok(())
     }
 }
 
+/// Takes the gradients of a module's parameters out of a backward pass.
+fn collect<M: Module>(module: &M, prefix: &str, from: &mut BurnGradients) -> Vec<(String, Tensor<1>)> {
+    let mut gradients = Vec::new();
+    take_gradients(module, from, |key, gradient| gradients.push((format!("{prefix}{key}"), gradient)));
+    gradients
+}
+
 /// A scalar whose gradient is that of the layer's output times `dy`, plus the layer's own losses.
 fn seeded(
-    layer: &mistral4::model::decoder_layer::DecoderLayer,
+    layer: &DecoderLayer,
     x: Tensor<2>,
     context: &LayerContext,
     dy: Tensor<2>,

@@ -122,6 +122,14 @@ pub enum Error {
         /// The checkpoints of that step and later ones.
         later: Vec<String>,
     },
+    /// Another rank failed.
+    #[error("rank {rank}: {message}")]
+    OtherRank {
+        /// The rank.
+        rank: usize,
+        /// What it said.
+        message: String,
+    },
     /// A checkpoint is never overwritten.
     #[error("{} exists already and is not overwritten; move it away, or choose another checkpoint.checkpoint_dir", path.display())]
     CheckpointExists {

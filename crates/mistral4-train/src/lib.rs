@@ -9,6 +9,8 @@ mod error;
 mod guard;
 pub mod metrics;
 pub mod optim;
+pub mod parallel;
+pub mod plan;
 pub mod plot;
 pub mod quickstart;
 pub mod recipe;

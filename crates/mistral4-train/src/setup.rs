@@ -1,6 +1,6 @@
 //! From a recipe to the model, tokenizer and data it names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ use serde_json::Value;
 use crate::checkpoint::Saved;
 use crate::data::{DataContext, learn_tokenizer};
 use crate::error::{Error, Result};
+use crate::parallel::sharding::PartSource;
+use crate::parallel::{Communicator, Mesh};
 use crate::recipe::{
     FreezeConfig, ModelConfig, ModelSource, PeftConfig, Recipe, SoftmaxScaleOverride, TokenizerSource,
     TorchDtype,
@@ -29,6 +31,8 @@ use crate::recipe::{
 pub struct Setup {
     /// The model, frozen parts marked.
     pub model: Mistral4,
+    /// Whole shapes of its parameters, where it holds but this rank's parts of them.
+    pub whole_shapes: Option<HashMap<String, Vec<usize>>>,
     /// Its configuration.
     pub config: ConfigFile,
     /// Storage type of its weights.
@@ -49,14 +53,20 @@ impl Setup {
     /// # Errors
     /// Whatever is wrong with the checkpoint, the configuration or the tokenizer, by file and key.
     pub fn new(recipe: &Recipe, device: &Device) -> Result<Self> {
-        Self::start(recipe, device, None)
+        Self::start(recipe, device, None, &Mesh::single())
     }
 
-    /// As [`Setup::new`], with weights and learned tokenizer of a checkpoint of the run, where there is one.
+    /// As [`Setup::new`], with weights and learned tokenizer of a checkpoint of the run, where there is one, on every
+    /// rank of a mesh; the first one writes what is learned.
     ///
     /// # Errors
     /// As [`Setup::new`], and a checkpoint of another model.
-    pub(crate) fn start(recipe: &Recipe, device: &Device, saved: Option<&Saved>) -> Result<Self> {
+    pub(crate) fn start(
+        recipe: &Recipe,
+        device: &Device,
+        saved: Option<&Saved>,
+        mesh: &Mesh,
+    ) -> Result<Self> {
         let options = ConfigOptions { softmax_scale: recipe.model.softmax_scale.map(policy) };
         let moe = MoeOptions {
             gate_bias_update_factor: recipe.model.gate_bias_update_factor,
@@ -75,7 +85,15 @@ impl Setup {
             _ => checkpoint,
         };
         let dropout = DropoutSeed::default();
-        let (model, adapter) = {
+        let build = |source: &dyn ParameterSource| {
+            if !mesh.is_sharded() {
+                return Ok::<_, Error>((Mistral4::new(&config.config, moe.clone(), source, device)?, None));
+            }
+            let source = PartSource::new(source, &mesh.shard);
+            let model = Mistral4::new(&config.config, moe.clone(), &source, device)?;
+            Ok((model, Some(source.into_shapes())))
+        };
+        let (model, whole_shapes, adapter) = {
             let source: Box<dyn ParameterSource> = match &checkpoint {
                 Some(checkpoint) => {
                     checkpoint.check(&checkpoint.tensors())?;
@@ -85,8 +103,8 @@ impl Setup {
             };
             match &recipe.peft {
                 None => {
-                    let model = Mistral4::new(&config.config, moe, source.as_ref(), device)?;
-                    (model.freeze(frozen(recipe.freeze_config)), None)
+                    let (model, shapes) = build(source.as_ref())?;
+                    (model.freeze(frozen(recipe.freeze_config)), shapes, None)
                 }
                 Some(peft) => {
                     let quantized = match (&checkpoint, recipe.quantization) {
@@ -100,11 +118,12 @@ impl Setup {
                     let adapter = adapters(recipe, peft, (&config.config, dtype), source, saved)?;
                     let adapted = AdaptedSource::new(source, &adapter);
                     let adapted = adapted.with_dropout(peft.dropout, peft.dropout_position, dropout.clone());
-                    (Mistral4::new(&config.config, moe, &adapted, device)?.freeze_base(), Some(adapter))
+                    let (model, shapes) = build(&adapted)?;
+                    (model.freeze_base(), shapes, Some(adapter))
                 }
             }
         };
-        let (processor, carry_from) = processor(recipe, &config, folder, saved)?;
+        let (processor, carry_from) = processor(recipe, &config, folder, saved, &mesh.world)?;
         if let Some(processor) = &processor {
             let (tokens, rows) = (processor.tokenizer().vocab_size(), config.config.text.vocab_size);
             if tokens > rows {
@@ -117,7 +136,7 @@ impl Setup {
                 });
             }
         }
-        Ok(Self { model, config, dtype, processor, carry_from, adapter, dropout })
+        Ok(Self { model, whole_shapes, config, dtype, processor, carry_from, adapter, dropout })
     }
 
     /// What data sets need to know.
@@ -141,16 +160,16 @@ fn policy(scale: SoftmaxScaleOverride) -> SoftmaxScalePolicy {
 }
 
 /// What a recipe's `model` names.
-struct Base {
-    config: ConfigFile,
-    dtype: DType,
+pub(crate) struct Base {
+    pub(crate) config: ConfigFile,
+    pub(crate) dtype: DType,
     folder: Option<PathBuf>,
     /// Weights to start from; `None` for fresh ones.
     checkpoint: Option<Checkpoint>,
 }
 
 impl Base {
-    fn open(model: &ModelConfig, options: &ConfigOptions) -> Result<Self> {
+    pub(crate) fn open(model: &ModelConfig, options: &ConfigOptions) -> Result<Self> {
         match &model.source {
             ModelSource::Pretrained(name) => {
                 let folder = hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?;
@@ -281,7 +300,7 @@ fn storage_dtype(asked: TorchDtype, config: &ConfigFile) -> DType {
 }
 
 /// Which keys a `freeze_config` keeps from being trained.
-fn frozen(config: FreezeConfig) -> impl Fn(&str) -> bool {
+pub(crate) fn frozen(config: FreezeConfig) -> impl Fn(&str) -> bool {
     move |key| {
         let vision = key.starts_with("vision_tower.");
         let projector = key.starts_with("multi_modal_projector.");
@@ -299,6 +318,7 @@ fn processor(
     config: &ConfigFile,
     folder: Option<PathBuf>,
     saved: Option<&Saved>,
+    world: &Communicator,
 ) -> Result<(Option<Arc<Processor>>, Option<PathBuf>)> {
     let folder = match &recipe.dataset.tokenizer {
         TokenizerSource::Model => folder,
@@ -308,22 +328,10 @@ fn processor(
             let failed = |source| Error::Write { path: folder.clone(), source };
             std::fs::create_dir_all(&folder).map_err(failed)?;
             let file = folder.join("tekken.json");
-            match saved {
-                // A resumed run keeps the vocabulary that its weights were trained with.
-                Some(saved) => {
-                    let kept = saved.model_folder().join("tekken.json");
-                    let bytes = std::fs::read(&kept).map_err(|source| Error::Read { path: kept, source })?;
-                    std::fs::write(&file, bytes).map_err(|source| Error::Write { path: file, source })?;
-                }
-                None => {
-                    let image = config.config.vision.as_ref().map(|vision| ImageConfig {
-                        image_patch_size: vision.vision_config.patch_size,
-                        max_image_size: vision.vision_config.image_size,
-                        spatial_merge_size: vision.spatial_merge_size,
-                    });
-                    learn_tokenizer(&recipe.dataset, *vocab_size, image)?.write(&file)?;
-                }
+            if world.is_first() {
+                write_vocabulary(recipe, config, *vocab_size, &file, saved)?;
             }
+            world.barrier();
             Some(folder)
         }
     };
@@ -335,4 +343,26 @@ fn processor(
         None => None,
     };
     Ok((processor, folder))
+}
+
+/// Writes the vocabulary of a run: learned, or kept by the checkpoint that it goes on from.
+fn write_vocabulary(
+    recipe: &Recipe,
+    config: &ConfigFile,
+    vocab_size: usize,
+    file: &Path,
+    saved: Option<&Saved>,
+) -> Result<()> {
+    if let Some(saved) = saved {
+        // A resumed run keeps the vocabulary that its weights were trained with.
+        let kept = saved.model_folder().join("tekken.json");
+        let bytes = std::fs::read(&kept).map_err(|source| Error::Read { path: kept, source })?;
+        return std::fs::write(file, bytes).map_err(|source| Error::Write { path: file.to_owned(), source });
+    }
+    let image = config.config.vision.as_ref().map(|vision| ImageConfig {
+        image_patch_size: vision.vision_config.patch_size,
+        max_image_size: vision.vision_config.image_size,
+        spatial_merge_size: vision.spatial_merge_size,
+    });
+    Ok(learn_tokenizer(&recipe.dataset, vocab_size, image)?.write(file)?)
 }

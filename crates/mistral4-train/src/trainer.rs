@@ -1,6 +1,7 @@
 //! The training loop.
 
 mod measure;
+mod ranks;
 mod record;
 mod start;
 mod step;
@@ -10,23 +11,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use mistral4::model::Mistral4;
 
 use crate::backward::{Activations, Gradients};
 use crate::checkpoint::{Completed, Disk, Losses, ModelFiles, Saver, Snapshot};
-use crate::data::Loader;
+use crate::data::{Batch, Loader, StepBatches};
 use crate::early_stop::EarlyStop;
 use crate::error::Result;
 use crate::guard::{Guard, StepOutcome, Verdict};
-use crate::metrics::{MetricsFile, RunState, StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
+use crate::metrics::{MetricsFile, RunState, StepMetrics, ValidationMetrics, timestamp};
 use crate::optim::{Optimizer, StepFactors};
+use crate::parallel::{Communicator, Mesh, ShardedGradients, Sharding, reduce};
 use crate::plot::{Curve, RunPlot};
 use crate::recipe::Recipe;
 use crate::schedule::{LrSchedule, StepScheduler, StepState};
 use crate::setup::Setup;
-use measure::{count, subtitle, validate};
+use measure::{HeldModel, count, subtitle, validate};
+use ranks::StepCounts;
 use record::{Recorder, Utilization, load_metrics, note_failure};
-use step::{Measured, accumulate, update_on_the_way};
+use step::update_on_the_way;
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -53,10 +55,26 @@ pub enum Event<'a> {
     Note(String),
 }
 
+/// Where a run computes and saves.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// What computes.
+    pub device: Device,
+    /// Where checkpoints go.
+    pub disk: Disk,
+    /// The ranks of the run.
+    pub world: Communicator,
+}
+
+impl Host {
+    /// One rank.
+    pub fn single(device: &Device) -> Self {
+        Self { device: device.clone(), disk: Disk::default(), world: Communicator::single() }
+    }
+}
+
 /// A run that has ended.
 pub struct Run {
-    /// The trained model.
-    pub model: Mistral4,
     /// Model, tokenizer and data as they were set up.
     pub setup: Setup,
     /// The last checkpoint, if there is any.
@@ -75,7 +93,8 @@ pub struct Run {
 struct HeldOut {
     name: String,
     loader: Loader,
-    file: MetricsFile,
+    /// On the first rank alone.
+    file: Option<MetricsFile>,
     /// Every validation so far.
     validations: Vec<ValidationMetrics>,
 }
@@ -91,8 +110,19 @@ struct Training {
     schedule: LrSchedule,
     guard: Guard,
     early_stop: EarlyStop,
-    recorder: Recorder,
+    /// On the first rank alone.
+    recorder: Option<Recorder>,
     utilization: Option<Utilization>,
+    mesh: Mesh,
+    /// How the model is spread over ranks; `None`: it is whole on each.
+    sharding: Option<Sharding>,
+    /// Trained parameters with the number of their values on this rank.
+    trained: Vec<(String, usize)>,
+    activations: Activations,
+    /// Whether a step's gradients are summed over shards after its last micro-batch only.
+    defers_sums: bool,
+    /// Names of the ranks, for the metrics.
+    rank_names: Vec<String>,
     saver: Saver,
     steps: Vec<StepMetrics>,
     /// The last complete checkpoint.
@@ -114,71 +144,80 @@ pub fn run(
     interrupted: &AtomicBool,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
-    run_on(Disk::default(), recipe, device, interrupted, observe)
+    run_on(Host::single(device), recipe, interrupted, observe)
 }
 
-/// As [`run`], with checkpoints saved to `disk`.
+/// As [`run`], on one of many ranks, all of which call it. Only the first one is told of events.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`run`], and a mesh that does not fit the number of ranks. A rank that returns an error leaves the others waiting:
+/// its caller ends them.
 pub fn run_on(
-    disk: Disk,
+    host: Host,
     recipe: &Recipe,
-    device: &Device,
     interrupted: &AtomicBool,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
     recipe.check_runnable()?;
-    let run = train(disk, recipe, device, interrupted, observe);
-    run.inspect_err(|error| note_failure(&recipe.checkpoint.checkpoint_dir, error))
+    let is_first = host.world.is_first();
+    let mut unheard = |_: Event<'_>| {};
+    let observe: &mut dyn FnMut(Event<'_>) = if is_first { observe } else { &mut unheard };
+    let run = train(host, recipe, interrupted, observe);
+    run.inspect_err(|error| {
+        if is_first {
+            note_failure(&recipe.checkpoint.checkpoint_dir, error);
+        }
+    })
 }
 
 fn train(
-    disk: Disk,
+    host: Host,
     recipe: &Recipe,
-    device: &Device,
     interrupted: &AtomicBool,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
-    let mut t = Training::start(disk, recipe, device, observe)?;
+    let device = &host.device.clone();
+    let mut t = Training::start(host, recipe, observe)?;
     let total_steps = t.scheduler.total_steps();
-    observe(Event::Started { total_steps, parameters: count(&t.setup.model) });
-    let activations = match recipe.distributed.activation_checkpointing {
-        true => Activations::Recomputed,
-        false => Activations::Kept,
-    };
+    observe(Event::Started { total_steps, parameters: count(&t.setup.model, t.sharding.as_ref()) });
     let (mut is_interrupted, mut ends_early) = (false, t.early_stop.verdict());
     while !t.scheduler.is_finished() && !is_interrupted && ends_early.is_none() {
         let started = Instant::now();
         let at = t.scheduler.state();
-        let mut next = t.loader.next_step(t.scheduler.grad_acc_steps())?;
-        let (label_tokens, tokens, ends_epoch) =
-            (next.num_label_tokens(), next.num_tokens(), next.ends_epoch);
+        let waited = t.mesh.world.waited();
+        let (mut next, silent) = t.next_step()?;
+        let ends_epoch = next.ends_epoch;
+        let counts = StepCounts::of(&next.batches).together(&t.mesh);
 
         let flops = t.utilization.as_ref().map(|utilization| utilization.flops(&next.batches));
         let mut factors =
             StepFactors { lr: t.schedule.lr(at.step), weight_decay: t.schedule.wd(at.step), grad_scale: 1.0 };
-        let mut gradients = Gradients::default();
+        let mut gradients = ShardedGradients::default();
         t.setup.dropout.begin(recipe.rng.seed, at.step);
-        let (Measured { sum: measured, batches }, grad_norm) = if recipe.optimizer_in_bwd {
+        let (measured, norm_on_the_way) = if recipe.optimizer_in_bwd {
             let batch = next.batches.remove(0);
             let (model, measured, norm) =
                 update_on_the_way(t.setup.model, batch, &mut t.optimizer, factors, device)?;
             t.setup.model = model;
-            (measured, norm)
+            (measured, Some(norm))
         } else {
-            let (setup, batches) = (&t.setup, next.batches);
-            let measured = accumulate(setup, batches, label_tokens, activations, &mut gradients, device)?;
-            (measured, gradients.norm())
+            (t.accumulate((next.batches, silent), counts, &mut gradients, device)?, None)
         };
         t.setup.dropout.end();
-        let loss = measured.loss_sum / label_tokens.max(1) as f64;
-        let verdict = t.guard.judge(&StepOutcome { step: at.step, loss, grad_norm, batches: &batches })?;
+        let mut gradients = gradients.parts;
+        let busy = started.elapsed().saturating_sub(t.mesh.world.waited() - waited);
+        let measured = measured.together(&t.mesh, busy, interrupted.load(Ordering::Relaxed));
+        t.reduce(&mut gradients, device);
+        let loss = measured.losses.loss_sum / counts.label_tokens.max(1) as f64;
+        let grad_norm = norm_on_the_way.unwrap_or_else(|| t.norm(&mut gradients));
+        let outcome = StepOutcome { step: at.step, loss, grad_norm, batches: &measured.batches };
+        let verdict = t.guard.judge(&outcome)?;
         if let Verdict::Report(message) | Verdict::Skip(_, message) = &verdict {
             observe(Event::Note(message.clone()));
         }
         factors.grad_scale = clip_coefficient(grad_norm, recipe.max_grad_norm);
-        let mut more = load_metrics(&measured);
+        let mut more = load_metrics(&measured.losses);
+        more.extend(measured.time_metrics(&t.rank_names));
         if let Verdict::Skip(reason, _) = verdict {
             more.insert("skipped".into(), reason.into());
             more.insert("skipped_steps".into(), t.guard.state().skipped_steps.into());
@@ -187,14 +226,14 @@ fn train(
                 t.setup.model = t.optimizer.step(t.setup.model, gradients, factors);
             }
             let factor = recipe.model.gate_bias_update_factor;
-            t.setup.model.text_mut().model.update_moe_gate_bias(&measured.loads, factor);
+            t.setup.model.text_mut().model.update_moe_gate_bias(&measured.losses.loads, factor);
         }
 
         let seconds = started.elapsed().as_secs_f64();
         if let (Some(utilization), Some(flops)) = (&t.utilization, flops) {
             more.insert("mfu".into(), utilization.mfu(flops, seconds).into());
         }
-        let tps = tokens as f64 / seconds;
+        let tps = counts.tokens as f64 / seconds;
         let metrics = StepMetrics {
             step: at.step,
             epoch: at.epoch,
@@ -202,18 +241,20 @@ fn train(
             loss,
             grad_norm,
             lr: factors.lr,
-            mem: peak_memory_gib(),
+            mem: measured.mem,
             tps,
-            tps_per_gpu: tps,
-            num_tokens_per_step: tokens,
-            num_label_tokens: label_tokens,
+            tps_per_gpu: tps / t.mesh.world.size() as f64,
+            num_tokens_per_step: counts.tokens,
+            num_label_tokens: counts.label_tokens,
             more,
         };
-        t.recorder.step(&metrics, &measured.loads)?;
+        if let Some(recorder) = &mut t.recorder {
+            recorder.step(&metrics, &measured.losses.loads)?;
+        }
         observe(Event::Step(&metrics));
         t.steps.push(metrics);
 
-        is_interrupted = interrupted.load(Ordering::Relaxed);
+        is_interrupted = measured.stop;
         let validates = t.scheduler.is_val_step(ends_epoch) && !is_interrupted;
         let saves = t.scheduler.is_ckpt_step(ends_epoch);
         t.scheduler.advance(ends_epoch);
@@ -228,6 +269,48 @@ fn train(
 }
 
 impl Training {
+    /// This rank's micro-batches of the next step. Where layers are gathered together, a rank that has one less than
+    /// others, in a short step at the end of an epoch, also gets one to run along with in silence.
+    fn next_step(&mut self) -> Result<(StepBatches, Option<Batch>)> {
+        let (rank, ranks) = (self.mesh.data.rank(), self.mesh.data.size());
+        let mut next = self.loader.next_step(self.scheduler.grad_acc_steps() * ranks)?;
+        let has_less = next.batches.len() % ranks != 0 && rank >= next.batches.len() % ranks;
+        let silent = next.batches.last().filter(|_| has_less && self.sharding.is_some()).cloned();
+        let mut index = 0..;
+        next.batches.retain(|_| index.next().is_some_and(|index: usize| index % ranks == rank));
+        Ok((next, silent))
+    }
+
+    /// Sums gradients over ranks: those of spread parameters, of which this rank has its part, over replicas; those of
+    /// whole ones over all ranks with data of their own.
+    fn reduce(&self, gradients: &mut Gradients, device: &Device) {
+        let is_spread = |key: &str| self.sharding.as_ref().is_some_and(|s| s.shape(key).is_some());
+        let (spread, whole): (Vec<_>, Vec<_>) =
+            self.trained.iter().cloned().partition(|(key, _)| is_spread(key));
+        reduce::all_reduce(gradients, &spread, &self.mesh.replicate, device);
+        reduce::all_reduce(gradients, &whole, &self.mesh.data, device);
+    }
+
+    /// L2 norm of the gradient over all of its parts.
+    fn norm(&self, gradients: &mut Gradients) -> f64 {
+        let Some(sharding) = &self.sharding else { return gradients.norm() };
+        let whole: Vec<String> = gradients
+            .iter()
+            .map(|(key, _)| key.to_owned())
+            .filter(|key| sharding.shape(key).is_none())
+            .collect();
+        let mut apart = Gradients::default();
+        for key in whole {
+            let gradient = gradients.remove(&key).expect("the key is one of the gradients");
+            apart.add(key, gradient);
+        }
+        let mut square = [gradients.norm().powi(2)];
+        sharding.group().all_reduce_sum(&mut square);
+        let norm = (square[0] + apart.norm().powi(2)).sqrt();
+        gradients.extend(apart);
+        norm
+    }
+
     /// Measures every held-out set; returns names and losses.
     fn validate(
         &mut self,
@@ -238,8 +321,12 @@ impl Training {
     ) -> Result<Vec<(String, f64)>> {
         let mut losses = Vec::with_capacity(self.held_out.len());
         for set in &mut self.held_out {
-            let metrics = validate(&self.setup.model, set, at, lr, device)?;
-            self.recorder.validation(&set.name, &metrics)?;
+            let held =
+                HeldModel { model: &self.setup.model, sharding: self.sharding.as_ref(), mesh: &self.mesh };
+            let metrics = validate(held, set, at, lr, device)?;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.validation(&set.name, &metrics)?;
+            }
             observe(Event::Validation { name: &set.name, metrics: &metrics });
             losses.push((set.name.clone(), metrics.val_loss));
             set.validations.push(metrics);
@@ -255,9 +342,11 @@ impl Training {
         losses: Losses,
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
-        self.recorder.sync()?;
-        for set in &self.held_out {
-            set.file.sync()?;
+        if let Some(recorder) = &self.recorder {
+            recorder.sync()?;
+        }
+        for file in self.held_out.iter().filter_map(|set| set.file.as_ref()) {
+            file.sync()?;
         }
         let snapshot = Snapshot {
             state: self.scheduler.state(),
@@ -268,7 +357,8 @@ impl Training {
                 carry_from: self.setup.carry_from.clone(),
                 adapter: self.setup.adapter.clone(),
             },
-            optimizer: self.optimizer.state().clone(),
+            optimizer_step: self.optimizer.state().step,
+            states: self.optimizer.state().tensors(),
             loader: self.loader.state(),
             seed: recipe.rng.seed,
             guard: self.guard.state().clone(),
@@ -303,26 +393,29 @@ impl Training {
         if let Some(message) = &ends_early {
             observe(Event::Note(message.clone()));
         }
-        self.recorder.end(if interrupted { RunState::Stopped } else { RunState::Finished }, ends_early)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.end(if interrupted { RunState::Stopped } else { RunState::Finished }, ends_early)?;
+        }
         let folder = &recipe.checkpoint.checkpoint_dir;
         let picture = folder.join("loss.svg");
-        let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
-        let finite: Vec<StepMetrics> =
-            self.steps.iter().filter(|step| step.loss.is_finite()).cloned().collect();
-        let subtitle = subtitle(&self.steps, &self.setup.model);
         let validations: Vec<(String, Vec<ValidationMetrics>)> =
             self.held_out.into_iter().map(|set| (set.name, set.validations)).collect();
-        RunPlot {
-            title: &title,
-            subtitle: &subtitle,
-            steps: &finite,
-            validations: &validations,
-            load: None,
-            curves: &[Curve::Loss, Curve::LearningRate],
+        if self.mesh.world.is_first() {
+            let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
+            let finite: Vec<StepMetrics> =
+                self.steps.iter().filter(|step| step.loss.is_finite()).cloned().collect();
+            let (_, parameters) = count(&self.setup.model, self.sharding.as_ref());
+            RunPlot {
+                title: &title,
+                subtitle: &subtitle(&self.steps, parameters),
+                steps: &finite,
+                validations: &validations,
+                load: None,
+                curves: &[Curve::Loss, Curve::LearningRate],
+            }
+            .write(&picture)?;
         }
-        .write(&picture)?;
         Ok(Run {
-            model: self.setup.model.clone(),
             setup: self.setup,
             checkpoint: self.checkpoint,
             steps: self.steps,

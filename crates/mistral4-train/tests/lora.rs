@@ -173,9 +173,9 @@ fn the_frozen_base_has_no_gradient_and_no_state_and_is_not_written() {
     let run = place.train("run", &[]).unwrap();
     let is_adapter = |key: &str| key.contains("lora.");
     let trainable: Vec<String> =
-        run.model.parameters().into_iter().filter(|p| p.trainable).map(|p| p.key).collect();
+        run.setup.model.parameters().into_iter().filter(|p| p.trainable).map(|p| p.key).collect();
     assert!(!trainable.is_empty() && trainable.iter().all(|key| is_adapter(key)));
-    let (_, gradients) = gradients(&run.model, Activations::Kept);
+    let (_, gradients) = gradients(&run.setup.model, Activations::Kept);
     assert_eq!(gradients.keys().collect::<Vec<_>>().len(), trainable.len());
     assert!(gradients.keys().all(|key| trainable.contains(key)));
     assert!(gradients.keys().any(|key| key.contains("experts.down_proj_lora")));
@@ -193,7 +193,7 @@ fn the_frozen_base_has_no_gradient_and_no_state_and_is_not_written() {
     );
     assert_eq!(files(&place.path("base")), before);
     assert!(run.steps.last().unwrap().loss < run.steps[0].loss);
-    let (trained, all) = (run.setup.adapter.unwrap(), run.model.parameters().len());
+    let (trained, all) = (run.setup.adapter.unwrap(), run.setup.model.parameters().len());
     assert!(trainable.len() < all && trained.modules.len() * 2 == trainable.len());
 }
 

@@ -16,7 +16,7 @@ use mistral4::weights::InitialSource;
 use mistral4_train::Error;
 use mistral4_train::checkpoint::{Disk, Operation};
 use mistral4_train::recipe::{Override, Recipe, RestoreFrom};
-use mistral4_train::trainer::{self, Event, Run};
+use mistral4_train::trainer::{self, Event, Host, Run};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -304,6 +304,11 @@ enum Failure {
     FromThenOn,
 }
 
+/// One rank that saves to `disk`.
+fn on(disk: Disk) -> Host {
+    Host { disk, ..Host::single(&Device::flex()) }
+}
+
 /// A disk that fails at the operation `at`, and the operations that it was asked for.
 fn failing(at: usize, failure: Failure) -> (Disk, Arc<Mutex<Vec<Operation>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
@@ -330,8 +335,7 @@ fn a_save_that_fails_at_any_operation_leaves_the_checkpoint_before_it() {
     let before = std::fs::read_link(place.path("before/LATEST")).unwrap();
     let stop = AtomicBool::new(false);
     let recipe = place.recipe("cut", &more);
-    let attempt =
-        |disk| trainer::run_on(disk, &recipe, &Device::flex(), &stop, &mut |_| {}).map_err(Box::new);
+    let attempt = |disk| trainer::run_on(on(disk), &recipe, &stop, &mut |_| {}).map_err(Box::new);
     let again = || {
         let _ = std::fs::remove_dir_all(place.path("cut"));
         copy(&place.path("before"), &place.path("cut"));
@@ -392,7 +396,7 @@ fn a_full_disk_is_named_with_the_file() {
         }
     });
     let recipe = place.recipe("run", &[]);
-    let run = trainer::run_on(disk, &recipe, &Device::flex(), &AtomicBool::new(false), &mut |_| {});
+    let run = trainer::run_on(on(disk), &recipe, &AtomicBool::new(false), &mut |_| {});
     let error = run.err().unwrap();
     assert!(error.to_string().ends_with("exp_avg_sq.safetensors"), "{error}");
     let source = std::error::Error::source(&error).unwrap().downcast_ref::<IoError>().unwrap();

@@ -1,6 +1,7 @@
 //! A checkpoint folder, opened for reading.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
@@ -26,6 +27,8 @@ pub struct Checkpoint {
     sources: Sources,
     /// Canonical keys of this view are those of a text model, though the files hold a multimodal one.
     text_of_multimodal: bool,
+    /// Bytes of weights that were decoded so far.
+    pub(super) bytes_read: AtomicU64,
 }
 
 impl Checkpoint {
@@ -49,6 +52,7 @@ impl Checkpoint {
             text_of_multimodal: config.config.vision.is_none() && sources.multimodal,
             config,
             sources,
+            bytes_read: AtomicU64::new(0),
         };
         if checkpoint.config.config.vision.is_some() && !checkpoint.sources.multimodal {
             return Err(Error::NotAModel {
@@ -91,6 +95,11 @@ impl Checkpoint {
     /// The folder.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Bytes of weights that were read from the files so far, scales left out.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// Whether the weights are in Mistral's own form.
@@ -226,7 +235,7 @@ impl Checkpoint {
         Ok(HostTensor { shape, data })
     }
 
-    fn read_as<T: Element>(&self, canonical: &str) -> Result<(Vec<usize>, Vec<T>)> {
+    pub(super) fn read_as<T: Element>(&self, canonical: &str) -> Result<(Vec<usize>, Vec<T>)> {
         let Some(found) = self.find(canonical).filter(Found::has_weight) else {
             if canonical.ends_with(names::GATE_BIAS) {
                 let experts = self.config().text.n_routed_experts;
@@ -242,6 +251,8 @@ impl Checkpoint {
             return Err(self.tensor_error(canonical, "some of its experts are missing or differ in shape"));
         };
         let mut values = vec![T::default(); shape.iter().product()];
+        let stored = found.slots().filter_map(|slot| Some(self.sources.bytes(slot.weight.as_ref()?).len()));
+        self.bytes_read.fetch_add(stored.sum::<usize>() as u64, Ordering::Relaxed);
         match found {
             Found::Whole(slot) if packed::is_packed(slot) => {
                 self.open_packed(canonical, slot)?.decode(&mut values)
@@ -377,6 +388,7 @@ fn is_vision(canonical: &str) -> bool {
     canonical.starts_with("vision_tower.") || canonical.starts_with("multi_modal_projector.")
 }
 
+/// Where a parameter is stored.
 pub(super) enum Found<'a> {
     Whole(&'a Slot),
     Pieces(&'a Pieces),
@@ -387,6 +399,7 @@ impl<'a> Found<'a> {
         self.slots().any(|slot| slot.weight.is_some())
     }
 
+    /// What it is stored as, in the order of its values.
     pub(super) fn slots(&self) -> Box<dyn Iterator<Item = &'a Slot> + 'a> {
         match *self {
             Found::Whole(slot) => Box::new(std::iter::once(slot)),

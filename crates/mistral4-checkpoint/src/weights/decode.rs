@@ -1,5 +1,7 @@
 //! From stored bytes to numbers in memory, dequantising FP8 on the way.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -150,6 +152,29 @@ pub(crate) fn decode<T: Element>(raw: &RawTensor<'_>, values: &mut [T]) {
         },
         other => unreachable!("{other} is not a float"),
     }
+}
+
+/// Fills `values` with the numbers `range` of a tensor, in the order of its elements.
+///
+/// # Panics
+/// As [`decode`].
+pub(crate) fn decode_part<T: Element>(raw: &RawTensor<'_>, range: Range<usize>, values: &mut [T]) {
+    let size = raw.dtype.size();
+    let bytes = &raw.bytes[range.start * size..range.end * size];
+    let Some(scale) = &raw.scale else {
+        let part = RawTensor { dtype: raw.dtype, shape: vec![range.len()], bytes, scale: None };
+        return decode(&part, values);
+    };
+    assert_eq!(values.len(), bytes.len());
+    let columns = raw.shape[raw.shape.len() - 1];
+    let rows = raw.shape[raw.shape.len() - 2];
+    let one = |(offset, (value, &code)): (usize, (&mut T, &u8))| {
+        let at = range.start + offset;
+        let (row, column) = (at / columns, at % columns);
+        let scale = scale.row(row / rows, row % rows)[column / scale.block.1];
+        *value = T::from_f32(fp8::DECODE[code as usize] * scale);
+    };
+    values.par_iter_mut().zip(bytes).enumerate().with_min_len(1 << 12).for_each(one);
 }
 
 fn convert<T: Element>(raw: &RawTensor<'_>, values: &mut [T], one: impl Fn(&[u8]) -> T + Sync) {

@@ -26,6 +26,18 @@ pub enum HostData {
 }
 
 impl HostTensor {
+    /// The values `range`, flat.
+    #[must_use]
+    pub fn part(self, range: std::ops::Range<usize>) -> Self {
+        let shape = vec![range.len()];
+        let data = match self.data {
+            HostData::F32(values) => HostData::F32(values[range].to_vec()),
+            HostData::BF16(values) => HostData::BF16(values[range].to_vec()),
+            HostData::F16(values) => HostData::F16(values[range].to_vec()),
+        };
+        Self { shape, data }
+    }
+
     /// A tensor of f32 values.
     ///
     /// # Panics

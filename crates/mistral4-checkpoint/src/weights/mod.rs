@@ -11,6 +11,7 @@ mod layout;
 pub mod names;
 mod native_names;
 mod packed;
+mod part;
 mod quantize;
 mod save;
 mod shard;

@@ -17,6 +17,7 @@ pub mod train;
 
 use crate::arguments::{Arguments, Command};
 use crate::error::{Error, Result};
+use crate::launch;
 
 /// Runs a command.
 ///
@@ -26,8 +27,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
     mistral4_kernels::Isa::from_env().map_err(|error| {
         Error::input(error.to_string(), "unset MISTRAL4_ISA to use the widest instruction set")
     })?;
-    if let Some(threads) = arguments.threads {
-        use_threads(usize::from(threads))?;
+    if let Some(threads) = arguments.threads.map(usize::from).or_else(launch::threads_of_a_rank) {
+        use_threads(threads)?;
     }
     match arguments.command {
         Command::Generate(arguments) => generate::run(&arguments),
@@ -40,7 +41,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Init(arguments) => init::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Quickstart(arguments) => quickstart::run(&arguments),
-        Command::Train(arguments) => train::run(&arguments),
+        Command::Train(train) => train::run(&train, arguments.threads),
         Command::Plot(arguments) => plot::run(&arguments),
         Command::Dashboard(arguments) => dashboard::run(&arguments),
     }

@@ -1,5 +1,6 @@
 //! `mistral4 train`: runs a recipe.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,13 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use mistral4_train::checkpoint::Disk;
 use mistral4_train::dashboard::Dashboard;
+use mistral4_train::parallel::Communicator;
+use mistral4_train::plan::Plan;
 use mistral4_train::recipe::{Recipe, parse_overrides};
-use mistral4_train::trainer::{self, Event, Run};
+use mistral4_train::trainer::{self, Event, Host, Run};
 
 use crate::arguments::ComputeArguments;
 use crate::error::{Error, Result};
-use crate::{curve, format, stdout};
+use crate::{curve, format, launch, stdout};
 
 /// Arguments of `mistral4 train`.
 #[derive(Debug, Args)]
@@ -32,6 +36,9 @@ pub struct TrainArguments {
     /// Serve a live page of the run to this machine, on port 6480 or the one given
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "6480")]
     pub dashboard: Option<u16>,
+    /// Train on N ranks of this machine, started with mpirun
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub nproc: Option<u16>,
     /// Recipe in NeMo AutoModel's section names
     #[arg(value_name = "RECIPE.yaml")]
     pub recipe: PathBuf,
@@ -44,26 +51,57 @@ pub struct TrainArguments {
 ///
 /// # Errors
 /// A recipe, model or data set that cannot be used; a loss that is no number; a disk that fails.
-pub fn run(arguments: &TrainArguments) -> Result<()> {
+pub fn run(arguments: &TrainArguments, threads: Option<u16>) -> Result<()> {
+    if let Some(ranks) = arguments.nproc.filter(|&ranks| ranks > 1 && !arguments.dry_run) {
+        return launch::start(ranks, arguments.to_line(), threads);
+    }
+    let world = launch::join()?;
+    launch::together(&world, || run_rank(arguments, &world))
+}
+
+fn run_rank(arguments: &TrainArguments, world: &Communicator) -> Result<()> {
     let recipe = Recipe::load(&arguments.recipe, &parse_overrides(&arguments.overrides)?)?;
+    if arguments.dry_run && !world.is_first() {
+        return Ok(());
+    }
     if arguments.dry_run {
         stdout::print(&recipe.report.to_string())?;
-        return Ok(recipe.check_runnable()?);
+        let plan = Plan::new(&recipe, arguments.nproc.map_or(world.size(), usize::from));
+        if let Ok(plan) = &plan {
+            stdout::print(&plan.to_string())?;
+        }
+        recipe.check_runnable()?;
+        plan?;
+        return Ok(());
     }
-    let device = arguments.compute.device.open()?;
-    let interrupted = on_interrupt("finishing this step and saving; once more to leave at once")?;
+    let device = arguments.compute.device.of_rank(launch::local_rank()).open()?;
+    let follows = "finishing this step and saving; once more to leave at once";
+    let interrupted = on_interrupt(if world.is_first() { follows } else { "" })?;
     let folder = &recipe.checkpoint.checkpoint_dir;
-    let dashboard = arguments.dashboard.map(|port| Dashboard::start(folder, port)).transpose()?;
+    let dashboard = arguments.dashboard.filter(|_| world.is_first());
+    let dashboard = dashboard.map(|port| Dashboard::start(folder, port)).transpose()?;
     if let Some(dashboard) = &dashboard {
         eprintln!("live page: {}", dashboard.url());
     }
     let mut watcher = Watcher::new(1);
-    let run = trainer::run(&recipe, &device, &interrupted, &mut |event| watcher.see(event))?;
+    let host = Host { device, disk: Disk::default(), world: world.clone() };
+    let run = trainer::run_on(host, &recipe, &interrupted, &mut |event| watcher.see(event))?;
     drop(watcher);
-    summarise(&run)
+    if world.is_first() { summarise(&run) } else { Ok(()) }
 }
 
-/// A flag that Ctrl-C and the termination signal set, saying `what` follows; a second one ends the process.
+impl TrainArguments {
+    /// The command line of one of the ranks.
+    fn to_line(&self) -> Vec<OsString> {
+        let device = self.compute.device.to_string();
+        let mut line: Vec<OsString> = ["train", "--device", &device].map(OsString::from).to_vec();
+        line.push(self.recipe.clone().into());
+        line.extend(self.overrides.iter().map(OsString::from));
+        line
+    }
+}
+
+/// A flag that Ctrl-C and the termination signal set, saying `what` follows, if anything; a second one ends the process.
 pub(super) fn on_interrupt(what: &'static str) -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = Arc::clone(&flag);
@@ -71,7 +109,9 @@ pub(super) fn on_interrupt(what: &'static str) -> Result<Arc<AtomicBool>> {
         if set.swap(true, Ordering::Relaxed) {
             std::process::exit(1);
         }
-        eprintln!("\n{what}");
+        if !what.is_empty() {
+            eprintln!("\n{what}");
+        }
     })
     .map_err(|error| {
         Error::failed(format!("cannot watch for Ctrl-C: {error}"), "this is a defect; please report it")

@@ -35,6 +35,12 @@ pub struct Disk {
     gate: Option<Arc<Gate>>,
 }
 
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("gated", &self.gate.is_some()).finish()
+    }
+}
+
 impl Disk {
     /// A disk on which `gate` is asked before every operation; what it refuses fails with its error.
     pub fn gated(gate: impl Fn(Operation, &Path) -> io::Result<()> + Send + Sync + 'static) -> Self {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::disk::Disk;
+use super::ranks::Ranks;
 use super::snapshot::{Losses, Snapshot};
 use crate::error::{Error, Result};
 use crate::recipe::{Recipe, RestoreFrom};
@@ -36,36 +37,42 @@ pub(crate) struct Completed {
 pub(crate) struct Checkpoints {
     folder: PathBuf,
     disk: Disk,
+    enabled: bool,
     max_recent: Option<usize>,
     best_metric_key: String,
 }
 
 impl Checkpoints {
+    /// The checkpoints of a recipe's run.
+    pub(crate) fn new(recipe: &Recipe, disk: Disk) -> Self {
+        let config = &recipe.checkpoint;
+        Self {
+            folder: config.checkpoint_dir.clone(),
+            disk,
+            enabled: config.enabled,
+            max_recent: config.max_recent_checkpoints,
+            best_metric_key: config.best_metric_key.clone(),
+        }
+    }
+
     /// Makes the folder, removes what a killed run left unfinished, and sets the pointers right.
     ///
     /// # Errors
     /// A folder that cannot be read or written.
-    pub(crate) fn open(recipe: &Recipe, disk: Disk) -> Result<Self> {
-        let config = &recipe.checkpoint;
-        let checkpoints = Self {
-            folder: config.checkpoint_dir.clone(),
-            disk,
-            max_recent: config.max_recent_checkpoints,
-            best_metric_key: config.best_metric_key.clone(),
-        };
-        checkpoints.disk.create_folder(&checkpoints.folder)?;
-        if config.enabled {
-            for name in checkpoints.names()? {
+    pub(crate) fn clean(&self) -> Result<()> {
+        self.disk.create_folder(&self.folder)?;
+        if self.enabled {
+            for name in self.names()? {
                 let inner = name
                     .strip_prefix('.')
                     .and_then(|name| name.strip_suffix(PARTIAL).or_else(|| name.strip_suffix(REMOVED)));
                 if inner.is_some_and(|inner| step_of(inner).is_some()) || name == NEW_POINTER {
-                    checkpoints.disk.remove(&checkpoints.folder.join(name))?;
+                    self.disk.remove(&self.folder.join(name))?;
                 }
             }
-            checkpoints.point()?;
+            self.point()?;
         }
-        Ok(checkpoints)
+        Ok(())
     }
 
     /// The checkpoint that a run begins at; `None` for a run from the start.
@@ -103,31 +110,39 @@ impl Checkpoints {
         Ok(start)
     }
 
-    /// Writes a checkpoint, gives it its name, and brings pointers and older checkpoints up to date.
+    /// Writes a checkpoint, gives it its name, and brings pointers and older checkpoints up to date; every rank calls it.
     ///
     /// # Errors
-    /// A checkpoint of this name, and a disk that fails: then nothing that was there before has changed.
-    pub(crate) fn save(&self, name: &str, snapshot: &Snapshot) -> Result<Completed> {
+    /// On every rank: a checkpoint of this name, and a disk that fails; then nothing that was there before has changed.
+    pub(crate) fn save(&self, name: &str, snapshot: &Snapshot, ranks: &Ranks) -> Result<Completed> {
         let path = self.folder.join(name);
-        if path.symlink_metadata().is_ok() {
-            return Err(Error::CheckpointExists { path });
-        }
         let partial = self.folder.join(format!(".{name}{PARTIAL}"));
-        self.disk.remove(&partial)?;
-        let written = snapshot
-            .write(&self.disk, &partial)
-            .and_then(|warnings| self.disk.rename(&partial, &path).map(|()| warnings));
+        let prepare = || {
+            if path.symlink_metadata().is_ok() {
+                return Err(Error::CheckpointExists { path: path.clone() });
+            }
+            self.disk.remove(&partial)
+        };
+        ranks.agree(if ranks.is_first() { prepare() } else { Ok(()) })?;
+        let publish = |warnings| self.disk.rename(&partial, &path).map(|()| warnings);
+        let written = ranks.agree(snapshot.write(&self.disk, &partial, ranks));
+        let written = ranks.agree(if ranks.is_first() { written.and_then(publish) } else { written });
         let warnings = match written {
             Ok(warnings) => warnings,
             Err(error) => {
-                // Makes room on a full disk; should it fail as well, the next run removes the folder.
-                let _ = self.disk.remove(&partial);
+                if ranks.is_first() {
+                    // Makes room on a full disk; should it fail as well, the next run removes the folder.
+                    let _ = self.disk.remove(&partial);
+                }
                 return Err(error);
             }
         };
-        self.disk.sync_folder(&self.folder)?;
-        self.point()?;
-        self.prune()?;
+        let finish = || {
+            self.disk.sync_folder(&self.folder)?;
+            self.point()?;
+            self.prune()
+        };
+        ranks.agree(if ranks.is_first() { finish() } else { Ok(()) })?;
         Ok(Completed { path, warnings })
     }
 

@@ -6,11 +6,13 @@
 
 mod disk;
 mod folder;
+mod ranks;
 mod saver;
 mod snapshot;
 mod tensors;
 
 pub use disk::{Disk, Operation};
 pub(crate) use folder::{Checkpoints, Completed};
+pub(crate) use ranks::Ranks;
 pub(crate) use saver::Saver;
 pub(crate) use snapshot::{Losses, ModelFiles, Saved, Snapshot};

@@ -2,20 +2,21 @@
 
 use std::thread::JoinHandle;
 
-use super::{Checkpoints, Completed, Snapshot};
+use super::{Checkpoints, Completed, Ranks, Snapshot};
 use crate::error::Result;
 
 /// Writes checkpoints, one at a time.
 pub(crate) struct Saver {
     checkpoints: Checkpoints,
+    ranks: Ranks,
     is_async: bool,
     under_way: Option<JoinHandle<Result<Completed>>>,
 }
 
 impl Saver {
     /// A saver that waits for each save, or, with `is_async`, for the one before.
-    pub(crate) fn new(checkpoints: Checkpoints, is_async: bool) -> Self {
-        Self { checkpoints, is_async, under_way: None }
+    pub(crate) fn new(checkpoints: Checkpoints, ranks: Ranks, is_async: bool) -> Self {
+        Self { checkpoints, ranks, is_async, under_way: None }
     }
 
     /// Saves, or begins to; returns the checkpoint that was completed by this call: this one, or the one before.
@@ -25,10 +26,10 @@ impl Saver {
     pub(crate) fn save(&mut self, name: String, snapshot: Snapshot) -> Result<Option<Completed>> {
         let before = self.wait()?;
         if !self.is_async {
-            return self.checkpoints.save(&name, &snapshot).map(Some);
+            return self.checkpoints.save(&name, &snapshot, &self.ranks).map(Some);
         }
-        let checkpoints = self.checkpoints.clone();
-        self.under_way = Some(std::thread::spawn(move || checkpoints.save(&name, &snapshot)));
+        let (checkpoints, ranks) = (self.checkpoints.clone(), self.ranks.clone());
+        self.under_way = Some(std::thread::spawn(move || checkpoints.save(&name, &snapshot, &ranks)));
         Ok(before)
     }
 

@@ -12,17 +12,20 @@
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, TensorData};
+use bytemuck::pod_collect_to_vec;
 use mistral4::weights::{NamedTensor, adapter_of, host_tensor};
 use mistral4_checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_MODEL, Adapter};
 use mistral4_checkpoint::config::{ConfigFile, ConfigForm};
-use mistral4_checkpoint::weights::{self, DType, SaveDType, SaveOptions};
+use mistral4_checkpoint::weights::{self, DType, HostData, HostTensor, SaveDType, SaveOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, Operation};
+use super::ranks::{Ranks, Source};
 use super::tensors;
 use crate::data::LoaderState;
 use crate::early_stop::EarlyStopState;
@@ -64,7 +67,9 @@ pub(crate) struct Snapshot {
     /// How they are written.
     pub(crate) model: ModelFiles,
     /// The optimizer.
-    pub(crate) optimizer: OptimizerState,
+    pub(crate) optimizer_step: u64,
+    /// Every state of the optimizer: key of its parameter, name, values.
+    pub(crate) states: Vec<(String, &'static str, StateTensor)>,
     /// The next batch.
     pub(crate) loader: LoaderState,
     /// Seed of the data order and of made-up data; all that is random is a function of it and of the position.
@@ -144,16 +149,37 @@ impl Snapshot {
     }
 
     /// Writes every file under `folder` and brings it to the medium; returns what other readers will see differently.
-    pub(super) fn write(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
+    ///
+    /// Every rank calls it. The first one writes; the others give it their parts.
+    pub(super) fn write(&self, disk: &Disk, folder: &Path, ranks: &Ranks) -> Result<Vec<String>> {
+        let local = |index| self.local(index);
+        let written =
+            ranks.write(&local, |source| self.write_whole(disk, folder, &Whole { ranks, source }))?;
+        Ok(written.unwrap_or_default())
+    }
+
+    /// The key and this rank's values of a tensor: parameters are numbered first, states of the optimizer after them.
+    fn local(&self, index: usize) -> (String, TensorData) {
+        match self.parameters.get(index) {
+            Some(parameter) => (parameter.key.clone(), parameter.values.to_data()),
+            None => {
+                let (key, _, values) = &self.states[index - self.parameters.len()];
+                (key.clone(), values.to_data())
+            }
+        }
+    }
+
+    fn write_whole(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<Vec<String>> {
         let model = if self.model.adapter.is_some() { ADAPTER } else { MODEL };
         for part in ["", model, "optim", "dataloader", "rng"] {
             disk.create_folder(&folder.join(part))?;
         }
         let warnings = match &self.model.adapter {
+            // Every rank has the adapters whole.
             Some(adapter) => self.write_adapter(adapter, disk, &folder.join(model))?,
-            None => self.write_model(disk, &folder.join(model))?,
+            None => self.write_model(disk, &folder.join(model), whole)?,
         };
-        self.write_optimizer(disk, folder)?;
+        self.write_optimizer(disk, folder, whole)?;
         let trainer = TrainerFile {
             format_version: FORMAT_VERSION,
             dtype: self.model.dtype.torch_name().to_owned(),
@@ -180,9 +206,9 @@ impl Snapshot {
         Ok(Vec::new())
     }
 
-    fn write_model(&self, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
-        let parameters: HashMap<&str, &NamedTensor> =
-            self.parameters.iter().map(|parameter| (parameter.key.as_str(), parameter)).collect();
+    fn write_model(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<Vec<String>> {
+        let parameters: HashMap<&str, usize> =
+            self.parameters.iter().enumerate().map(|(index, p)| (p.key.as_str(), index)).collect();
         let options = SaveOptions {
             dtype: SaveDType::Float(self.model.dtype),
             form: ConfigForm::Hf,
@@ -191,29 +217,53 @@ impl Snapshot {
         };
         let report = weights::save(folder, &self.model.config, &options, |spec| {
             disk.ask(Operation::Write, folder)?;
-            let parameter = parameters.get(spec.key.as_str());
-            let parameter = parameter.unwrap_or_else(|| panic!("{} is missing from the model", spec.key));
-            Ok::<_, Error>(host_tensor((*parameter).clone()))
+            let index = parameters.get(spec.key.as_str());
+            let index = *index.unwrap_or_else(|| panic!("{} is missing from the model", spec.key));
+            Ok::<_, Error>(whole.parameter(&self.parameters[index], index))
         })?;
         Ok(report.warnings)
     }
 
-    fn write_optimizer(&self, disk: &Disk, folder: &Path) -> Result<()> {
-        let shapes: HashMap<&str, &[usize]> =
-            self.parameters.iter().map(|parameter| (parameter.key.as_str(), &*parameter.shape)).collect();
+    fn write_optimizer(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<()> {
+        let shapes: HashMap<&str, Vec<usize>> =
+            self.parameters.iter().map(|p| (p.key.as_str(), whole.ranks.shape(&p.key, &p.shape))).collect();
         let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
-        for (key, state) in &self.optimizer.parameters {
-            for (name, values) in state.tensors() {
-                let shape = shapes[key.as_str()];
-                let is_whole = shape.iter().product::<usize>() == values.len();
-                let shape = if is_whole { shape.to_vec() } else { vec![values.len()] };
-                files.entry(name).or_default().push(tensors::Named { key, shape, values });
-            }
+        for (index, (key, name, values)) in self.states.iter().enumerate() {
+            // There is a largest magnitude for each block of values.
+            let is_flat = name.ends_with("_absmax");
+            files.entry(name).or_default().push(tensors::Named {
+                key,
+                shape: if is_flat { vec![values.len()] } else { shapes[key.as_str()].clone() },
+                dtype: values.dtype(),
+                index: self.parameters.len() + index,
+            });
         }
         for (name, states) in &files {
-            tensors::write(disk, &state_file(folder, name), states)?;
+            tensors::write(disk, &state_file(folder, name), states, |index| whole.source.whole(index))?;
         }
-        disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer.step }))
+        disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer_step }))
+    }
+}
+
+/// Whole tensors, from this rank and the others.
+struct Whole<'a> {
+    ranks: &'a Ranks,
+    source: &'a Source<'a>,
+}
+
+impl Whole<'_> {
+    fn parameter(&self, parameter: &NamedTensor, index: usize) -> HostTensor {
+        let shape = self.ranks.shape(&parameter.key, &parameter.shape);
+        if shape == parameter.shape {
+            return host_tensor(parameter.clone());
+        }
+        let bytes = self.source.whole(index);
+        let data = match parameter.values.dtype() {
+            burn::tensor::DType::BF16 => HostData::BF16(pod_collect_to_vec(&bytes)),
+            burn::tensor::DType::F32 => HostData::F32(pod_collect_to_vec(&bytes)),
+            other => unreachable!("parameters are stored in f32 or bf16, not in {other:?}"),
+        };
+        HostTensor { shape, data }
     }
 }
 
@@ -293,17 +343,21 @@ impl Saved {
         Error::Incompatible { checkpoint: self.folder.clone(), key: key.to_owned(), saved, current }
     }
 
-    /// Reads the optimizer's states.
+    /// Reads the optimizer's states: of each, the values that `part` names, given its key and number of values.
     ///
     /// # Errors
     /// Files that are missing or damaged.
-    pub(crate) fn optimizer(&self, device: &Device) -> Result<OptimizerState> {
+    pub(crate) fn optimizer(
+        &self,
+        device: &Device,
+        part: &dyn Fn(&str, usize) -> Range<usize>,
+    ) -> Result<OptimizerState> {
         let OptimizerFile { step } = json(&self.folder.join(OPTIMIZER))?;
         let mut found: BTreeMap<String, BTreeMap<&'static str, StateTensor>> = BTreeMap::new();
         for name in ParameterState::NAMES {
             let path = state_file(&self.folder, name);
             if path.is_file() {
-                for (key, values) in tensors::read(&path, device)? {
+                for (key, values) in tensors::read(&path, device, part)? {
                     found.entry(key).or_default().insert(name, values);
                 }
             }

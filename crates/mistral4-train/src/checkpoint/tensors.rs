@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
@@ -24,10 +25,12 @@ struct Entry {
 pub(super) struct Named<'a> {
     /// Its key.
     pub(super) key: &'a str,
-    /// Its shape in the file.
+    /// Its whole shape.
     pub(super) shape: Vec<usize>,
-    /// Its values, flat.
-    pub(super) values: StateTensor,
+    /// Type of its values.
+    pub(super) dtype: DType,
+    /// What its values are asked for by.
+    pub(super) index: usize,
 }
 
 /// The dtypes of states: names in the file, bytes of a value.
@@ -37,14 +40,18 @@ const DTYPES: [(&str, DType, u64); 3] =
 const _: () =
     assert!(cfg!(target_endian = "little"), "safetensors are little-endian, and so are the tensors here");
 
-/// Writes f32, bf16 and u8 tensors.
-pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<()> {
+/// Writes f32, bf16 and u8 tensors, whose bytes are asked for one tensor at a time.
+pub(super) fn write(
+    disk: &Disk,
+    path: &Path,
+    tensors: &[Named<'_>],
+    bytes: impl Fn(usize) -> Vec<u8>,
+) -> Result<()> {
     let mut entries = serde_json::Map::new();
     let mut end = 0;
-    for Named { key, shape, values } in tensors {
-        let dtype = values.dtype();
+    for Named { key, shape, dtype, .. } in tensors {
         let &(name, _, size) =
-            DTYPES.iter().find(|entry| entry.1 == dtype).expect("states are f32, bf16 or u8");
+            DTYPES.iter().find(|entry| entry.1 == *dtype).expect("states are f32, bf16 or u8");
         let start = end;
         end += size * shape.iter().product::<usize>() as u64;
         let entry = Entry { dtype: name.to_owned(), shape: shape.clone(), data_offsets: [start, end] };
@@ -55,17 +62,23 @@ pub(super) fn write(disk: &Disk, path: &Path, tensors: &[Named<'_>]) -> Result<(
     let mut file = disk.create(path)?;
     let length = (header.len() as u64).to_le_bytes();
     file.write(&[&length[..], &header].concat())?;
-    for Named { values, .. } in tensors {
-        file.write(values.to_data().as_bytes())?;
+    for Named { key, shape, dtype, index } in tensors {
+        let bytes = bytes(*index);
+        assert_eq!(bytes.len(), dtype.size() * shape.iter().product::<usize>(), "the bytes of `{key}`");
+        file.write(&bytes)?;
     }
     file.finish()
 }
 
-/// Reads every tensor, flat.
+/// Reads the values of every tensor that `part` names, given its key and number of values, flat.
 ///
 /// # Errors
 /// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
-pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, StateTensor>> {
+pub(super) fn read(
+    path: &Path,
+    device: &Device,
+    part: &dyn Fn(&str, usize) -> Range<usize>,
+) -> Result<BTreeMap<String, StateTensor>> {
     let unreadable = |source| Error::Read { path: path.to_owned(), source };
     let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
     let mut file = File::open(path).map_err(unreadable)?;
@@ -97,10 +110,12 @@ pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Stat
                 size - data
             )));
         };
-        let mut bytes = vec![0; (end - start) as usize];
-        file.seek(SeekFrom::Start(data + start)).map_err(unreadable)?;
+        let part = part(&key, count as usize);
+        let size = dtype.size();
+        let mut bytes = vec![0; size * part.len()];
+        file.seek(SeekFrom::Start(data + start + (size * part.start) as u64)).map_err(unreadable)?;
         file.read_exact(&mut bytes).map_err(unreadable)?;
-        let values = TensorData::from_bytes_vec(bytes, Shape::from([count as usize]), dtype);
+        let values = TensorData::from_bytes_vec(bytes, Shape::from([part.len()]), dtype);
         let values = match dtype {
             DType::U8 => StateTensor::Codes(Tensor::from_data(values, (device, dtype))),
             _ => StateTensor::Float(Tensor::from_data(values, (device, dtype))),
@@ -121,14 +136,21 @@ mod tests {
         let tensor = Tensor::from_data(TensorData::new(values.clone(), [6]), (&Device::flex(), DType::F32));
         let codes =
             Tensor::from_data(TensorData::new(vec![0u8, 127, 255], [3]), (&Device::flex(), DType::U8));
-        let named = |key, shape: &[usize], values| Named { key, shape: shape.to_vec(), values };
-        let tensors = [
-            named("a.weight", &[2, 3], StateTensor::Float(tensor.clone())),
-            named("b", &[0], StateTensor::Float(tensor.clone().slice(0..0))),
-            named("c", &[3], StateTensor::Codes(codes)),
-            named("d", &[6], StateTensor::Float(tensor.cast(DType::BF16))),
+        let states = [
+            StateTensor::Float(tensor.clone()),
+            StateTensor::Float(tensor.clone().slice(0..0)),
+            StateTensor::Codes(codes),
+            StateTensor::Float(tensor.cast(DType::BF16)),
         ];
-        write(&Disk::default(), path, &tensors).unwrap();
+        let named = |key, shape: &[usize], index: usize| Named {
+            key,
+            shape: shape.to_vec(),
+            dtype: states[index].dtype(),
+            index,
+        };
+        let tensors =
+            [named("a.weight", &[2, 3], 0), named("b", &[0], 1), named("c", &[3], 2), named("d", &[6], 3)];
+        write(&Disk::default(), path, &tensors, |index| states[index].to_data().as_bytes().to_vec()).unwrap();
         values
     }
 
@@ -137,7 +159,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let values = written(&path);
-        let back = read(&path, &Device::flex()).unwrap();
+        let back = read(&path, &Device::flex(), &|_, count| 0..count).unwrap();
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let data = back["a.weight"].to_data();
         assert_eq!(bits(data.as_slice::<f32>().unwrap()), bits(&values));
@@ -145,6 +167,8 @@ mod tests {
         assert_eq!(back["c"].to_data().as_slice::<u8>().unwrap(), [0, 127, 255]);
         assert_eq!(back["d"].dtype(), DType::BF16);
         assert_eq!(back["d"].to_data().as_slice::<bf16>().unwrap()[..2], [1.5, -0.0].map(bf16::from_f32));
+        let part = read(&path, &Device::flex(), &|_, count| count / 3..count / 2).unwrap();
+        assert_eq!(bits(part["a.weight"].to_data().as_slice::<f32>().unwrap()), bits(&values[2..3]));
         let bytes = std::fs::read(&path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(theirs.tensor("a.weight").unwrap().shape(), [2, 3]);
@@ -158,7 +182,7 @@ mod tests {
         let whole = std::fs::read(&path).unwrap();
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            let error = read(&path, &Device::flex()).unwrap_err();
+            let error = read(&path, &Device::flex(), &|_, count| 0..count).unwrap_err();
             assert!(matches!(error, Error::Damaged { .. }), "{length} bytes: {error}");
         }
     }

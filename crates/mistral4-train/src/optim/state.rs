@@ -68,6 +68,16 @@ pub enum StateTensor {
     Codes(Tensor<1, Int>),
 }
 
+impl OptimizerState {
+    /// Every tensor, with the key of its parameter and its name.
+    pub fn tensors(&self) -> Vec<(String, &'static str, StateTensor)> {
+        let of_parameter = |(key, state): (&String, &ParameterState)| {
+            state.tensors().into_iter().map(|(name, tensor)| (key.clone(), name, tensor)).collect::<Vec<_>>()
+        };
+        self.parameters.iter().flat_map(of_parameter).collect()
+    }
+}
+
 impl StateTensor {
     /// Its values in memory.
     pub fn to_data(&self) -> TensorData {

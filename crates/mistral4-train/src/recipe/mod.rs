@@ -30,7 +30,7 @@ pub use dataset::{
     PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
 };
 pub use model::{
-    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, SoftmaxScaleOverride, TorchDtype,
+    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, SoftmaxScaleOverride, Strategy, TorchDtype,
 };
 pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype};
 pub use overrides::{Override, parse_overrides};
@@ -81,7 +81,7 @@ pub struct Recipe {
     pub model: ModelConfig,
     /// Saving.
     pub checkpoint: CheckpointConfig,
-    /// Activation checkpointing.
+    /// How ranks share the work, and activation checkpointing.
     pub distributed: DistributedConfig,
     /// Parts that keep their weights.
     pub freeze_config: FreezeConfig,
@@ -384,7 +384,7 @@ fn read_kind(root: &mut Section<'_>) -> Result<RecipeKind> {
 
 /// Sections that are valid in NeMo AutoModel and either change nothing here or are not supported.
 fn read_others(root: &mut Section<'_>) -> Result<()> {
-    root.no_effect("dist_env", "there is one rank");
+    root.no_effect("dist_env", "ranks are found by MPI");
     root.no_effect("compile", "the program is compiled already");
     root.no_effect("ci", "read by NeMo AutoModel's own test farm only");
     root.none_of_effect(&["nvtx", "prewarm", "profiling"], "for profiling on NVIDIA GPUs");

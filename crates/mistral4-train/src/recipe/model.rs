@@ -223,34 +223,89 @@ impl FreezeConfig {
     }
 }
 
-/// `distributed`: here, only activation checkpointing.
+/// How parameters are kept on the data-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// Each rank of a replica keeps its part of every parameter, gradient and optimizer state.
+    #[default]
+    FullyShard,
+    /// Every rank keeps everything.
+    Replicate,
+}
+
+/// `distributed`: how ranks share the work, and activation checkpointing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DistributedConfig {
+    /// How parameters are kept on the data-parallel ranks.
+    pub strategy: Strategy,
+    /// Data-parallel ranks; `None`: those that the other sizes leave.
+    pub dp_size: Option<usize>,
+    /// Groups of data-parallel ranks that each hold the whole model.
+    pub dp_replicate_size: usize,
+    /// Ranks that share each linear.
+    pub tp_size: usize,
+    /// Ranks that share a sequence.
+    pub cp_size: usize,
+    /// Pipeline stages.
+    pub pp_size: usize,
+    /// Ranks over which experts are spread.
+    pub ep_size: usize,
+    /// Whether shards are summed over ranks only after the last micro-batch of a step.
+    pub defer_fsdp_grad_sync: bool,
     /// Whether each layer's activations are recomputed in the backward pass.
     pub activation_checkpointing: bool,
 }
 
+impl Default for DistributedConfig {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::default(),
+            dp_size: None,
+            dp_replicate_size: 1,
+            tp_size: 1,
+            cp_size: 1,
+            pp_size: 1,
+            ep_size: 1,
+            defer_fsdp_grad_sync: true,
+            activation_checkpointing: false,
+        }
+    }
+}
+
 impl DistributedConfig {
     pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
-        const STRATEGIES: [(&str, ()); 4] = [("fsdp2", ()), ("megatron_fsdp", ()), ("ddp", ()), ("none", ())];
-        let one = |node: &super::yaml::Node| ["0", "1"].contains(&node.to_string().as_str());
+        use Strategy::{FullyShard, Replicate};
+        const STRATEGIES: [(&str, Strategy); 4] =
+            [("fsdp2", FullyShard), ("megatron_fsdp", FullyShard), ("ddp", Replicate), ("none", Replicate)];
         let mut s = root.section("distributed")?;
-        let same = "all strategies are the same on one rank";
-        s.name("strategy", same, &STRATEGIES)?;
-        s.mark("strategy", Effect::NoEffect(same));
-        s.no_effect("_target_", same);
-        let layers = "layers are spread over ranks; this build trains on one";
-        for (key, reason) in [
-            ("dp_size", "data-parallel ranks; this build trains on one (raise the accumulation instead)"),
-            ("dp_replicate_size", "data-parallel ranks; this build trains on one"),
-            ("tp_size", "linears are split over ranks; this build trains on one"),
-            ("cp_size", "sequences are split over ranks; this build trains on one"),
-            ("pp_size", layers),
-            ("ep_size", "experts are spread over ranks; this build trains on one"),
+        let strategy = s.name("strategy", "what each data-parallel rank keeps", &STRATEGIES)?;
+        s.no_effect("_target_", "distributed.strategy says what each rank keeps");
+        let dp_size = s.count("dp_size", "data-parallel ranks")?;
+        let mut size = |key, what| s.count(key, what).map(|size| size.unwrap_or(1));
+        let mut config = Self {
+            strategy: strategy.unwrap_or_default(),
+            dp_size,
+            dp_replicate_size: size("dp_replicate_size", "groups of ranks that hold the whole model")?,
+            tp_size: size("tp_size", "ranks that share each linear")?,
+            cp_size: size("cp_size", "ranks that share a sequence")?,
+            pp_size: size("pp_size", "pipeline stages")?,
+            ep_size: size("ep_size", "ranks over which experts are spread")?,
+            ..Self::default()
+        };
+        for (key, size, reason) in [
+            ("tp_size", config.tp_size, "tensor parallelism is not supported yet"),
+            ("cp_size", config.cp_size, "context parallelism is not supported"),
+            ("pp_size", config.pp_size, "pipeline parallelism is not supported yet"),
+            ("ep_size", config.ep_size, "expert parallelism is not supported yet"),
         ] {
-            s.unsupported_unless(key, reason, one);
+            if size > 1 {
+                s.mark(key, Effect::Unsupported(reason.to_owned()));
+            }
         }
-        let activation_checkpointing = s
+        config.defer_fsdp_grad_sync = s
+            .bool("defer_fsdp_grad_sync", "gradients are summed over ranks after the last micro-batch only")?
+            .unwrap_or(true);
+        config.activation_checkpointing = s
             .bool("activation_checkpointing", "each layer's activations are recomputed in the backward pass")?
             .unwrap_or(false);
         s.none_of_effect(&["sequence_parallel", "tp_plan", "use_hf_tp_plan"], "tensor parallelism is off");
@@ -259,14 +314,10 @@ impl DistributedConfig {
             "changes where memory is spent, not the result",
         );
         s.none_of_effect(
-            &[
-                "defer_fsdp_grad_sync",
-                "reshard_after_forward",
-                "enable_async_tensor_parallel",
-                "enable_fsdp2_prefetch",
-            ],
-            "there is one rank",
+            &["reshard_after_forward", "enable_fsdp2_prefetch"],
+            "a layer's parameters are gathered ahead, used and freed, in both passes",
         );
+        s.no_effect("enable_async_tensor_parallel", "tensor parallelism is off");
         s.none_of_effect(&["patch_is_packed_sequence", "enable_compile", "multimodal"], "one implementation");
         s.unsupported("mp_policy", "set model.torch_dtype instead");
         s.unsupported("autocast_dtype", "set model.torch_dtype instead");
@@ -294,12 +345,12 @@ impl DistributedConfig {
         let mut moe = s.section("moe")?;
         moe.none_of_effect(
             &["ignore_router_for_ac", "reshard_after_forward", "wrap_outer_model", "_target_"],
-            "there is one rank",
+            "experts are kept as the layer they belong to",
         );
         moe.unsupported("lm_head_precision", "set model.torch_dtype instead");
         moe.unsupported("mp_policy", "set model.torch_dtype instead");
         moe.finish()?;
         s.finish()?;
-        Ok(Self { activation_checkpointing })
+        Ok(config)
     }
 }

@@ -101,7 +101,7 @@ impl StepSchedulerConfig {
         s.none_of_effect(&["preemption_signal"], "SIGTERM and Ctrl-C always save and exit");
         s.unsupported("start_step", "the first step comes from the checkpoint that is resumed");
         s.unsupported("start_epoch", "the first epoch comes from the checkpoint that is resumed");
-        s.unsupported_unless("dp_size", "one rank runs here", |_| false);
+        s.unsupported_unless("dp_size", "set distributed.dp_size instead", |_| false);
         s.finish()?;
         Ok(config)
     }

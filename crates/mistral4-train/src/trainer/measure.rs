@@ -5,26 +5,65 @@ use mistral4::model::Mistral4;
 use mistral4::weights::NamedTensor;
 
 use super::HeldOut;
-use crate::backward::{LabelledInputs, evaluate};
+use crate::backward::{LabelledInputs, evaluate, evaluate_from};
 use crate::data::LoaderState;
 use crate::error::Result;
 use crate::metrics::{StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
+use crate::parallel::{Mesh, ShardedGradients, ShardedStore, Sharding};
 use crate::schedule::StepState;
+
+/// A model to measure, on one rank or spread over many.
+#[derive(Clone, Copy)]
+pub(super) struct HeldModel<'a> {
+    pub(super) model: &'a Mistral4,
+    pub(super) sharding: Option<&'a Sharding>,
+    pub(super) mesh: &'a Mesh,
+}
+
+impl HeldModel<'_> {
+    fn evaluate(self, inputs: &LabelledInputs) -> Result<f64> {
+        let Some(sharding) = self.sharding else { return evaluate(self.model, inputs) };
+        let mut gradients = ShardedGradients::default();
+        let mut store = ShardedStore::new(self.model, sharding, &mut gradients, false);
+        evaluate_from(&mut store, self.model, inputs)
+    }
+}
 
 /// The token-mean loss over a held-out set, taken in the same order every time.
 pub(super) fn validate(
-    model: &Mistral4,
+    held: HeldModel<'_>,
     set: &mut HeldOut,
     at: StepState,
     lr: f64,
     device: &Device,
 ) -> Result<ValidationMetrics> {
-    let (mut loss, mut tokens) = (0.0, 0);
+    let data = &held.mesh.data;
+    let (mut loss, mut tokens) = ([0.0], [0u64]);
     set.loader.resume(LoaderState { epoch: 0, batch: 0, ..set.loader.state() })?;
-    while let Some(batch) = set.loader.next_batch()? {
-        tokens += batch.num_label_tokens;
-        loss += evaluate(model, &LabelledInputs::new(batch, device))?;
+    loop {
+        // A batch for each rank; ranks that are left over run along, since shards are gathered together.
+        let mut round = Vec::with_capacity(data.size());
+        while round.len() < data.size() {
+            let Some(batch) = set.loader.next_batch()? else { break };
+            round.push(batch);
+        }
+        let ended = round.len() < data.size();
+        let counts = data.rank() < round.len();
+        if let Some(batch) = round.into_iter().take(data.rank() + 1).next_back() {
+            let label_tokens = batch.num_label_tokens as u64;
+            let sum = held.evaluate(&LabelledInputs::new(batch, device))?;
+            if counts {
+                loss[0] += sum;
+                tokens[0] += label_tokens;
+            }
+        }
+        if ended {
+            break;
+        }
     }
+    data.all_reduce_sum(&mut loss);
+    data.all_reduce_sum(&mut tokens);
+    let ([loss], [tokens]) = (loss, tokens.map(|tokens| tokens as usize));
     let metrics = ValidationMetrics {
         step: at.step,
         epoch: at.epoch,
@@ -35,21 +74,26 @@ pub(super) fn validate(
         mem: peak_memory_gib(),
         accuracy: None,
     };
-    set.file.write(&metrics)?;
+    if let Some(file) = &mut set.file {
+        file.write(&metrics)?;
+    }
     Ok(metrics)
 }
 
-/// Parameters that are trained, and all.
-pub(super) fn count(model: &Mistral4) -> (usize, usize) {
+/// Parameters that are trained, and all, over all ranks that hold them.
+pub(super) fn count(model: &Mistral4, sharding: Option<&Sharding>) -> (usize, usize) {
     let parameters = model.parameters();
-    let elements = |p: &NamedTensor| p.shape.iter().product::<usize>();
+    let elements = |p: &NamedTensor| {
+        let whole = sharding.and_then(|sharding| sharding.shape(&p.key));
+        whole.unwrap_or(&p.shape).iter().product::<usize>()
+    };
     (parameters.iter().filter(|p| p.trainable).map(elements).sum(), parameters.iter().map(elements).sum())
 }
 
 /// Size and time of a run, in a line.
-pub(super) fn subtitle(steps: &[StepMetrics], model: &Mistral4) -> String {
+pub(super) fn subtitle(steps: &[StepMetrics], parameters: usize) -> String {
     let tokens: usize = steps.iter().map(|step| step.num_tokens_per_step).sum();
     let seconds: f64 = steps.iter().map(|step| step.num_tokens_per_step as f64 / step.tps).sum();
-    let millions = count(model).1 as f64 / 1e6;
+    let millions = parameters as f64 / 1e6;
     format!("{millions:.2} M parameters, {} steps, {tokens} tokens in {seconds:.0} s", steps.len())
 }

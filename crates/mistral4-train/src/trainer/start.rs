@@ -2,48 +2,59 @@
 
 use std::collections::HashMap;
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use mistral4::ops;
 use mistral4::weights::NamedTensor;
 
 use super::measure::count;
+use super::ranks::rank_names;
 use super::record::{Recorder, Utilization};
-use super::{Event, HeldOut, Training};
-use crate::checkpoint::{Checkpoints, Disk, Saved, Saver};
+use super::{Event, HeldOut, Host, Training};
+use crate::backward::Activations;
+use crate::checkpoint::{Checkpoints, Ranks, Saved, Saver};
 use crate::data::{self, Loader, LoaderOptions};
 use crate::early_stop::{EarlyStop, EarlyStopState};
 use crate::error::{Error, Result};
 use crate::guard::{Guard, GuardState};
 use crate::metrics::{self, MetricsFile, RunState, RunStatus};
 use crate::optim::{Optimizer, OptimizerState, ParameterState};
-use crate::recipe::{OptimizerConfig, Recipe};
+use crate::parallel::{Mesh, Sharding};
+use crate::recipe::{OptimizerConfig, Recipe, StateDtype};
 use crate::schedule::{LrSchedule, StepScheduler};
 use crate::setup::Setup;
 
 impl Training {
     /// Reads everything that a recipe names and goes to the place where the run continues.
-    pub(super) fn start(
-        disk: Disk,
-        recipe: &Recipe,
-        device: &Device,
-        observe: &mut dyn FnMut(Event<'_>),
-    ) -> Result<Self> {
+    pub(super) fn start(host: Host, recipe: &Recipe, observe: &mut dyn FnMut(Event<'_>)) -> Result<Self> {
         let config = &recipe.checkpoint;
         let folder = &config.checkpoint_dir;
-        let checkpoints = Checkpoints::open(recipe, disk)?;
+        let Host { disk, device, world } = host;
+        let device = &device;
+        let mesh = Mesh::new(&recipe.distributed, world)?;
+        let ranks = mesh.data.size();
+        let is_first = mesh.world.is_first();
+        check_optimizer(recipe, &mesh)?;
+        let checkpoints = Checkpoints::new(recipe, disk);
+        if is_first {
+            checkpoints.clean()?;
+        }
+        mesh.world.barrier();
         let begin = if config.enabled { checkpoints.starting_point(&config.restore_from)? } else { None };
         let saved = begin.as_deref().map(Saved::read).transpose()?;
-        let setup = Setup::start(recipe, device, saved.as_ref())?;
+        let mut setup = Setup::start(recipe, device, saved.as_ref(), &mesh)?;
 
         let context = setup.data_context(recipe.rng.seed);
         let pad_id = setup.pad_id();
         let dataset = data::open(&recipe.dataset, &context)?;
         let mut loader = Loader::new(dataset, LoaderOptions::training(recipe, pad_id))?;
         note_skipped(&loader, observe);
-        let mut scheduler = StepScheduler::new(&recipe.step_scheduler, loader.batches_per_epoch(), 1)?;
+        let batches = loader.batches_per_epoch().div_ceil(ranks);
+        let mut scheduler = StepScheduler::new(&recipe.step_scheduler, batches, ranks)?;
         let total_steps = scheduler.total_steps();
         let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
         Optimizer::check_device(&recipe.optimizer, device)?;
+        let shapes = setup.whole_shapes.take();
+        let sharding = shapes.map(|shapes| Sharding::new(&setup.model, shapes, &mesh.shard));
         let mut state = OptimizerState::default();
         if let Some(saved) = &saved {
             loader.resume(saved.loader).map_err(|error| match error {
@@ -51,7 +62,10 @@ impl Training {
                 other => other,
             })?;
             scheduler.resume(saved.state);
-            state = saved.optimizer(device)?;
+            state = saved.optimizer(device, &|key, elements| match &sharding {
+                Some(sharding) => sharding.part(key, elements),
+                None => 0..elements,
+            })?;
             check_states(saved, &state, &setup.model.parameters(), &recipe.optimizer)?;
             observe(Event::Note(format!(
                 "continuing from {} at step {}",
@@ -74,13 +88,10 @@ impl Training {
             let file =
                 if set.name == "default" { "validation".into() } else { format!("validation_{}", set.name) };
             let path = folder.join(format!("{file}.jsonl"));
-            let file = MetricsFile::open(&path, first_step)?;
-            held_out.push(HeldOut {
-                name: set.name.clone(),
-                loader: Loader::new(dataset, options)?,
-                file,
-                validations: metrics::read(&path)?,
-            });
+            let file = is_first.then(|| MetricsFile::open(&path, first_step)).transpose()?;
+            let validations = if is_first { metrics::read(&path)? } else { Vec::new() };
+            let loader = Loader::new(dataset, options)?;
+            held_out.push(HeldOut { name: set.name.clone(), loader, file, validations });
         }
         if held_out.len() > 1 && held_out.iter().all(|set| set.name != config.best_metric_key) {
             observe(Event::Note(
@@ -88,7 +99,7 @@ impl Training {
                     .to_owned(),
             ));
         }
-        let (trained_parameters, parameters) = count(&setup.model);
+        let (trained_parameters, parameters) = count(&setup.model, sharding.as_ref());
         let status = RunStatus {
             state: RunState::Running,
             total_steps,
@@ -96,12 +107,29 @@ impl Training {
             trained_parameters,
             message: None,
         };
-        let recorder = Recorder::open(recipe, first_step, status)?;
+        let recorder = is_first.then(|| Recorder::open(recipe, first_step, status)).transpose()?;
         let (text, is_cpu) = (&setup.config.config.text, ops::is_fused(device));
-        let utilization = Utilization::new(recipe, &setup.model, text, setup.dtype, is_cpu);
+        let utilization = match &sharding {
+            Some(_) => None,
+            None => Utilization::new(recipe, &setup.model, text, setup.dtype, is_cpu),
+        };
         let early_stop = saved.as_ref().map_or_else(EarlyStopState::default, |saved| saved.early_stop);
+        let path = folder.join("training.jsonl");
+        let steps = if is_first { metrics::read(&path)? } else { Vec::new() };
         let guard = saved.as_ref().map_or_else(GuardState::default, |saved| saved.guard.clone());
+        let ranks = Ranks::new(&mesh, sharding.as_ref());
+        let parameters = setup.model.parameters();
+        let trained = parameters.iter().filter(|parameter| parameter.trainable);
         Ok(Self {
+            trained: trained.map(|p| (p.key.clone(), p.values.dims()[0])).collect(),
+            activations: match recipe.distributed.activation_checkpointing {
+                true => Activations::Recomputed,
+                false => Activations::Kept,
+            },
+            defers_sums: recipe.distributed.defer_fsdp_grad_sync,
+            rank_names: rank_names(&mesh.world),
+            mesh,
+            sharding,
             setup,
             optimizer: Optimizer::resume(recipe.optimizer.clone(), state),
             loader,
@@ -112,8 +140,8 @@ impl Training {
             early_stop: EarlyStop::new(recipe.early_stopping.clone(), &config.best_metric_key, early_stop),
             recorder,
             utilization,
-            saver: Saver::new(checkpoints, config.is_async),
-            steps: metrics::read(&folder.join("training.jsonl"))?,
+            saver: Saver::new(checkpoints, ranks, config.is_async),
+            steps,
             checkpoint: begin,
         })
     }
@@ -162,4 +190,30 @@ fn note_skipped(loader: &Loader, observe: &mut dyn FnMut(Event<'_>)) {
             skipped.unusable, skipped.too_long
         )));
     }
+}
+
+/// Refuses what the optimizer cannot do on several ranks.
+fn check_optimizer(recipe: &Recipe, mesh: &Mesh) -> Result<()> {
+    let refused = |key: &str, value: &str, message: &str| {
+        let (key, value, message) = (key.to_owned(), value.to_owned(), message.to_owned());
+        Err(Error::Inconsistent { key, value, message })
+    };
+    if recipe.optimizer_in_bwd && mesh.world.size() > 1 {
+        return refused(
+            "optimizer_in_bwd",
+            "true",
+            "moves parameters before gradients are summed over ranks",
+        );
+    }
+    if mesh.is_sharded() && recipe.optimizer.muon.is_some() {
+        return refused("optimizer", "Muon", "needs whole matrices; set distributed.strategy to ddp");
+    }
+    if mesh.is_sharded() && recipe.optimizer.state_dtype == StateDtype::Int8 {
+        return refused(
+            "optimizer",
+            "8-bit states",
+            "are not kept of parts of parameters; set distributed.strategy to ddp, or keep states in bfloat16",
+        );
+    }
+    Ok(())
 }

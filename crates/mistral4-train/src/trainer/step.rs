@@ -3,61 +3,55 @@
 use burn::tensor::Device;
 use mistral4::Mistral4;
 
-use crate::backward::{
-    Activations, Gradients, LabelledInputs, LossScale, MicroBatchLoss, forward_backward, update_in_backward,
-};
+use super::Training;
+use super::ranks::{Measured, StepCounts};
+use crate::backward::{LabelledInputs, LossScale, forward_backward, layer_by_layer, update_in_backward};
 use crate::data::Batch;
 use crate::error::Result;
-use crate::guard::BatchLoss;
 use crate::optim::{Optimizer, StepFactors};
-use crate::setup::Setup;
-
-/// What the micro-batches of a step measured together, and each one's loss.
-pub(super) struct Measured {
-    pub(super) sum: MicroBatchLoss,
-    pub(super) batches: Vec<BatchLoss>,
-}
-
-impl Measured {
-    fn add(&mut self, rows: Vec<usize>, label_tokens: usize, part: MicroBatchLoss, aux_scale: f64) {
-        self.batches.push(BatchLoss { rows, loss_sum: part.loss_sum + part.aux_loss, label_tokens });
-        self.sum.loss_sum += part.loss_sum;
-        self.sum.aux_loss += part.aux_loss * aux_scale;
-        if self.sum.loads.is_empty() {
-            self.sum.loads = part.loads;
-            return;
-        }
-        for ((_, sum), (_, part)) in self.sum.loads.iter_mut().zip(part.loads) {
-            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-        }
-    }
-}
+use crate::parallel::{ShardedGradients, ShardedStore};
 
 /// Factors on the losses of a step of so many label tokens and micro-batches.
 fn loss_scale(label_tokens: usize, micro_batches: usize) -> LossScale {
     LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / micro_batches.max(1) as f64 }
 }
 
-/// Forward and backward over the micro-batches of one step; their gradients are added to `gradients`.
-pub(super) fn accumulate(
-    setup: &Setup,
-    batches: Vec<Batch>,
-    label_tokens: usize,
-    activations: Activations,
-    gradients: &mut Gradients,
-    device: &Device,
-) -> Result<Measured> {
-    let scale = loss_scale(label_tokens, batches.len());
-    let mut measured =
-        Measured { sum: MicroBatchLoss::default(), batches: Vec::with_capacity(batches.len()) };
-    for mut batch in batches {
-        setup.dropout.next();
-        let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
-        let inputs = LabelledInputs::new(batch, device);
-        let part = forward_backward(&setup.model, &inputs, scale, activations, gradients)?;
-        measured.add(rows, label_tokens, part, scale.aux);
+impl Training {
+    /// Forward and backward over this rank's micro-batches of one step, and over the silent one, which counts nowhere.
+    pub(super) fn accumulate(
+        &self,
+        (batches, silent): (Vec<Batch>, Option<Batch>),
+        counts: StepCounts,
+        gradients: &mut ShardedGradients,
+        device: &Device,
+    ) -> Result<Measured> {
+        let scale = loss_scale(counts.label_tokens, counts.micro_batches);
+        let mut measured = Measured::default();
+        let count = batches.len();
+        let last = (count + usize::from(silent.is_some())).saturating_sub(1);
+        for (index, mut batch) in batches.into_iter().chain(silent).enumerate() {
+            let is_silent = index == count;
+            let scale = if is_silent { LossScale { per_token: 0.0, aux: 0.0 } } else { scale };
+            self.setup.dropout.next();
+            let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
+            let inputs = LabelledInputs::new(batch, device);
+            let model = &self.setup.model;
+            let part = match &self.sharding {
+                None => forward_backward(model, &inputs, scale, self.activations, &mut gradients.parts)?,
+                Some(sharding) => {
+                    let sums_now = index == last || !self.defers_sums;
+                    let mut store = ShardedStore::new(model, sharding, gradients, sums_now);
+                    let part = layer_by_layer(&mut store, model, &inputs, scale)?;
+                    store.finish();
+                    part
+                }
+            };
+            if !is_silent {
+                measured.add(rows, label_tokens, part, scale.aux);
+            }
+        }
+        Ok(measured)
     }
-    Ok(measured)
 }
 
 /// Forward and backward over the only micro-batch of a step, in which parameters move as soon as their gradient is
@@ -75,7 +69,7 @@ pub(super) fn update_on_the_way(
     let (model, part, norm) = update_in_backward(model, &inputs, scale, |model, gradients| {
         optimizer.apply(model, gradients, factors)
     })?;
-    let mut measured = Measured { sum: MicroBatchLoss::default(), batches: Vec::new() };
+    let mut measured = Measured::default();
     measured.add(rows, label_tokens, part, scale.aux);
     Ok((model, measured, norm))
 }

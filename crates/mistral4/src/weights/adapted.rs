@@ -1,6 +1,7 @@
 //! A model with low-rank adapters: where they come from, and what they are after training.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use mistral4_checkpoint::adapter::{Adapter, LoraTensors};
 use mistral4_checkpoint::weights::{DType, HostTensor, QuantizedMatrix};
@@ -38,6 +39,13 @@ impl ParameterSource for AdaptedSource<'_> {
             Some(replaced) => replaced.clone().cast(base.dtype()),
             None => base,
         })
+    }
+
+    fn part(&self, key: &str, shape: &[usize], f32: bool, range: Range<usize>) -> Result<HostTensor> {
+        if self.adapter.replaced.contains_key(key) {
+            return Ok(self.tensor(key, shape, f32)?.part(range));
+        }
+        self.base.part(key, shape, f32, range)
     }
 
     fn quantized(&self, key: &str, shape: &[usize]) -> Result<Option<QuantizedMatrix>> {

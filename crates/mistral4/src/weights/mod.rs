@@ -7,7 +7,9 @@ mod save;
 mod source;
 
 pub use adapted::{AdaptedSource, adapter_of};
-pub use names::{NamedTensor, map_parameters, named_parameters, take_gradients};
+pub use names::{
+    NamedTensor, NamedValues, map_parameters, named_parameters, reshape_parameters, take_gradients,
+};
 pub use quantized::QuantizedSource;
 pub use save::host_tensor;
 pub use source::{CheckpointSource, InitialSource, ParameterSource, Parameters, SourceAdapter};

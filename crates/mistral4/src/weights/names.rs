@@ -82,13 +82,19 @@ struct Replace<F> {
     replace: F,
 }
 
-impl<F: FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>> ModuleMapper for Replace<F> {
+impl<F: FnMut(&str, NamedValues) -> NamedValues> ModuleMapper for Replace<F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let key = self.path.key();
         let replace = &mut self.replace;
         param.map(|tensor| {
-            let shape = tensor.dims();
-            replace(&key, &shape, tensor.flatten(0, D - 1)).reshape(shape)
+            let old = (tensor.dims().to_vec(), tensor.flatten(0, D - 1));
+            let (shape, values) = replace(&key, old);
+            let shape: [usize; D] = shape.try_into().expect("a parameter keeps its number of axes");
+            if shape.contains(&0) {
+                // To `reshape`, 0 stands for the size that an axis has.
+                return Tensor::zeros(shape, (&values.device(), values.dtype()));
+            }
+            values.reshape(shape)
         })
     }
 
@@ -101,13 +107,24 @@ impl<F: FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>> ModuleMapper for Replace<
     }
 }
 
+/// A parameter's shape and its flat values.
+pub type NamedValues = (Vec<usize>, Tensor<1>);
+
 /// Replaces the values of parameters: `replace` gets a key, a shape and flat values, and returns the values to keep.
 ///
 /// The values are handed over: unless another clone of the module lives, `replace` may change them where they lie.
 pub fn map_parameters<M: Module>(
     module: M,
-    replace: impl FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>,
+    mut replace: impl FnMut(&str, &[usize], Tensor<1>) -> Tensor<1>,
 ) -> M {
+    reshape_parameters(module, |key, (shape, values)| {
+        let values = replace(key, &shape, values);
+        (shape, values)
+    })
+}
+
+/// As [`map_parameters`], with shapes, which may change as well but for their number of axes.
+pub fn reshape_parameters<M: Module>(module: M, replace: impl FnMut(&str, NamedValues) -> NamedValues) -> M {
     module.map(&mut Replace { path: Path::default(), replace })
 }
 
@@ -190,6 +207,16 @@ impl Mistral4 {
         match self {
             Mistral4::Text(model) => Mistral4::Text(Box::new(map_parameters(*model, replace))),
             Mistral4::Multimodal(model) => Mistral4::Multimodal(Box::new(map_parameters(*model, replace))),
+        }
+    }
+
+    /// Replaces the values and shapes of parameters; see [`reshape_parameters`].
+    pub fn reshape_parameters(self, replace: impl FnMut(&str, NamedValues) -> NamedValues) -> Self {
+        match self {
+            Mistral4::Text(model) => Mistral4::Text(Box::new(reshape_parameters(*model, replace))),
+            Mistral4::Multimodal(model) => {
+                Mistral4::Multimodal(Box::new(reshape_parameters(*model, replace)))
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::Param;
@@ -43,6 +44,14 @@ pub trait ParameterSource: Sync {
     /// A mis-shaped adapter, or one that cannot be read.
     fn adapter(&self, _module: &str, _shape: &[usize]) -> Result<Option<SourceAdapter>> {
         Ok(None)
+    }
+
+    /// As [`ParameterSource::tensor`], the values `range` alone, flat.
+    ///
+    /// # Errors
+    /// As [`ParameterSource::tensor`].
+    fn part(&self, key: &str, shape: &[usize], f32: bool, range: Range<usize>) -> Result<HostTensor> {
+        Ok(self.tensor(key, shape, f32)?.part(range))
     }
 }
 
@@ -197,6 +206,11 @@ impl ParameterSource for CheckpointSource<'_> {
 
     fn dtype(&self) -> weights::DType {
         self.dtype
+    }
+
+    fn part(&self, key: &str, _: &[usize], f32: bool, range: Range<usize>) -> Result<HostTensor> {
+        let dtype = if f32 { weights::DType::F32 } else { self.dtype };
+        Ok(self.checkpoint.read_part(key, range, dtype)?)
     }
 }
 

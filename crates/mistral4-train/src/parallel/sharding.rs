@@ -1,0 +1,413 @@
+//! Fully sharded parameters: every rank keeps its part of each, and a layer's are gathered when they are needed.
+//!
+//! A sharded model is a [`Mistral4`] in which each parameter holds this rank's part, in one row; so the optimizer, which
+//! looks at values alone, works on it as on a whole one. Parts end at multiples of a block, so that states that are
+//! stored in blocks are the same on any number of ranks.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use bytemuck::{cast_slice, cast_slice_mut};
+use half::bf16;
+use mistral4::model::Mistral4;
+use mistral4::model::decoder_layer::DecoderLayer;
+use mistral4::model::linear::Linear;
+use mistral4::model::norm::RmsNorm;
+use mistral4::weights::{ParameterSource, SourceAdapter, reshape_parameters};
+use mistral4_checkpoint::weights::HostTensor;
+
+use super::{Communicator, Lane, Pending};
+use crate::backward::{Gradients, ParameterStore, Unit};
+
+/// Values that stay together on a rank.
+const BLOCK: usize = 256;
+/// Sums of gradients that may be under way at once; each holds a layer's gradients.
+const SUMS_UNDER_WAY: usize = 2;
+/// The router's bias is read whole, is small, and is moved by every rank alike.
+const KEPT_WHOLE: &str = "e_score_correction_bias";
+
+/// The values of a parameter of `elements` values that the rank `rank` of `ranks` keeps.
+pub fn part_of(elements: usize, rank: usize, ranks: usize) -> Range<usize> {
+    let blocks = elements.div_ceil(BLOCK);
+    let start = |rank: usize| (blocks * rank / ranks * BLOCK).min(elements);
+    start(rank)..start(rank + 1)
+}
+
+/// How a model is spread over a group of ranks.
+pub struct Sharding {
+    group: Communicator,
+    lane: Lane,
+    /// Whole shapes of the parameters that are spread, by key.
+    shapes: Arc<HashMap<String, Vec<usize>>>,
+    /// Units with trained parameters, and the keys of those that are spread.
+    trained: HashMap<Unit, Arc<Vec<String>>>,
+}
+
+/// A source of parameters of which a rank takes its part.
+pub(crate) struct PartSource<'a> {
+    source: &'a dyn ParameterSource,
+    rank: usize,
+    ranks: usize,
+    shapes: Mutex<HashMap<String, Vec<usize>>>,
+}
+
+impl<'a> PartSource<'a> {
+    /// The part of a rank of `group`.
+    pub(crate) fn new(source: &'a dyn ParameterSource, group: &Communicator) -> Self {
+        Self { source, rank: group.rank(), ranks: group.size(), shapes: Mutex::default() }
+    }
+
+    /// Whole shapes of the parameters of which parts were taken.
+    pub(crate) fn into_shapes(self) -> HashMap<String, Vec<usize>> {
+        self.shapes.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ParameterSource for PartSource<'_> {
+    fn dtype(&self) -> mistral4_checkpoint::weights::DType {
+        self.source.dtype()
+    }
+
+    fn adapter(&self, module: &str, shape: &[usize]) -> mistral4::Result<Option<SourceAdapter>> {
+        self.source.adapter(module, shape)
+    }
+
+    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
+        if key.ends_with(KEPT_WHOLE) {
+            return self.source.tensor(key, shape, f32);
+        }
+        let part = part_of(shape.iter().product(), self.rank, self.ranks);
+        let row = [vec![1; shape.len() - 1], vec![part.len()]].concat();
+        let HostTensor { data, .. } = self.source.part(key, shape, f32, part)?;
+        self.shapes.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), shape.to_vec());
+        Ok(HostTensor { shape: row, data })
+    }
+}
+
+impl Sharding {
+    /// For a model that was made of a [`PartSource`], with the whole shapes of its parameters; collective.
+    pub(crate) fn new(model: &Mistral4, shapes: HashMap<String, Vec<usize>>, group: &Communicator) -> Self {
+        let mut trained: HashMap<Unit, Vec<String>> = HashMap::new();
+        let prefix = model.text_prefix();
+        for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
+            let keys = trained.entry(unit_of(&parameter.key, prefix)).or_default();
+            // Adapters are small, and whole on every rank.
+            if shapes.contains_key(&parameter.key) {
+                keys.push(parameter.key);
+            }
+        }
+        let trained = trained.into_iter().map(|(unit, keys)| (unit, Arc::new(keys))).collect();
+        Self { group: group.clone(), lane: Lane::new(group), shapes: Arc::new(shapes), trained }
+    }
+
+    /// Ranks that hold a model together.
+    pub fn group(&self) -> &Communicator {
+        &self.group
+    }
+
+    /// The whole shape of a parameter that is spread; `None` for one that every rank keeps.
+    pub fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.shapes.get(key).map(Vec::as_slice)
+    }
+
+    /// The values of something as long as a parameter that this rank keeps.
+    pub(crate) fn part(&self, key: &str, elements: usize) -> Range<usize> {
+        match self.shapes.contains_key(key) {
+            true => part_of(elements, self.group.rank(), self.group.size()),
+            false => 0..elements,
+        }
+    }
+
+    /// Shapes by key, to use on another thread.
+    pub(crate) fn shapes(&self) -> Arc<HashMap<String, Vec<usize>>> {
+        Arc::clone(&self.shapes)
+    }
+}
+
+fn unit_of(key: &str, prefix: &str) -> Unit {
+    let Some(rest) = key.strip_prefix(prefix) else { return Unit::Front };
+    if let Some(rest) = rest.strip_prefix("model.layers.") {
+        let index = rest.split('.').next().and_then(|index| index.parse().ok());
+        return Unit::Layer(index.expect("layers are numbered"));
+    }
+    let is_head = rest.starts_with("model.norm.") || rest.starts_with("lm_head.");
+    if is_head { Unit::Head } else { Unit::Front }
+}
+
+/// A parameter that was gathered.
+struct Gathered {
+    key: String,
+    shape: Vec<usize>,
+    values: TensorData,
+}
+
+/// This rank's parts of gradients that were summed, by key.
+type Summed = Vec<(String, Vec<f32>)>;
+
+/// One pass over a sharded model.
+pub struct ShardedStore<'a> {
+    model: &'a Mistral4,
+    sharding: &'a Sharding,
+    device: Device,
+    /// This rank's parts of each unit's parameters.
+    parts: HashMap<Unit, Vec<(String, Tensor<1>)>>,
+    ahead: Option<(Unit, Pending<Vec<Gathered>>)>,
+    gradients: &'a mut ShardedGradients,
+    sums: VecDeque<Pending<Summed>>,
+    sums_now: bool,
+}
+
+/// Gradients of a sharded model.
+#[derive(Debug, Default)]
+pub struct ShardedGradients {
+    /// This rank's parts, summed over the group.
+    pub parts: Gradients,
+    /// Whole gradients that wait to be summed over the group.
+    waiting: Gradients,
+}
+
+impl<'a> ShardedStore<'a> {
+    /// A pass over a sharded model. With `sums_now`, gradients (and those that wait from earlier
+    /// passes) are summed over the group, each rank keeping its part; else they wait.
+    pub fn new(
+        model: &'a Mistral4,
+        sharding: &'a Sharding,
+        gradients: &'a mut ShardedGradients,
+        sums_now: bool,
+    ) -> Self {
+        let mut parts: HashMap<Unit, Vec<(String, Tensor<1>)>> = HashMap::new();
+        let prefix = model.text_prefix();
+        for parameter in model.parameters() {
+            if sharding.shapes.contains_key(&parameter.key) {
+                parts
+                    .entry(unit_of(&parameter.key, prefix))
+                    .or_default()
+                    .push((parameter.key, parameter.values));
+            }
+        }
+        let device = model.text().model.norm.weight.val().device();
+        Self { model, sharding, device, parts, ahead: None, gradients, sums: VecDeque::new(), sums_now }
+    }
+
+    fn start_gather(&self, unit: Unit) -> Pending<Vec<Gathered>> {
+        let parts = self.parts.get(&unit).cloned().unwrap_or_default();
+        let shapes = self.sharding.shapes();
+        self.sharding.lane.start(move |group| gather(group, parts, &shapes))
+    }
+
+    /// The whole parameters of a unit, by key.
+    fn gathered(&mut self, unit: Unit, next: Option<Unit>) -> HashMap<String, (Vec<usize>, Tensor<1>)> {
+        let pending = match self.ahead.take() {
+            Some((ahead, pending)) if ahead == unit => pending,
+            other => {
+                assert!(other.is_none(), "the walk takes what it announced");
+                self.start_gather(unit)
+            }
+        };
+        let gathered = pending.wait();
+        self.ahead = next.map(|next| (next, self.start_gather(next)));
+        let to_device = |Gathered { key, shape, values }| {
+            let dtype = values.dtype();
+            (key, (shape, Tensor::from_data(values, (&self.device, dtype))))
+        };
+        gathered.into_iter().map(to_device).collect()
+    }
+
+    fn keep_oldest_sum(&mut self) {
+        let Some(sum) = self.sums.pop_front() else { return };
+        for (key, values) in sum.wait() {
+            let count = values.len();
+            let part = Tensor::from_data(TensorData::new(values, [count]), (&self.device, DType::F32));
+            self.gradients.parts.add(key, part);
+        }
+    }
+
+    /// Waits for the sums under way.
+    pub fn finish(mut self) {
+        while !self.sums.is_empty() {
+            self.keep_oldest_sum();
+        }
+    }
+}
+
+impl ParameterStore for ShardedStore<'_> {
+    fn front(&mut self, next: Option<Unit>) -> Mistral4 {
+        let mut gathered = self.gathered(Unit::Front, next);
+        self.model.clone().reshape_parameters(|key, part| gathered.remove(key).unwrap_or(part))
+    }
+
+    fn layer(&mut self, index: usize, next: Option<Unit>) -> DecoderLayer {
+        let mut gathered = self.gathered(Unit::Layer(index), next);
+        let prefix = format!("{}model.layers.{index}.", self.model.text_prefix());
+        let layer = self.model.text().model.layers[index].clone();
+        reshape_parameters(layer, |key, part| gathered.remove(&format!("{prefix}{key}")).unwrap_or(part))
+    }
+
+    fn head(&mut self, next: Option<Unit>) -> (RmsNorm, Linear) {
+        let mut gathered = self.gathered(Unit::Head, next);
+        let prefix = self.model.text_prefix();
+        let text = self.model.text();
+        let norm = reshape_parameters(text.model.norm.clone(), |key, part| {
+            gathered.remove(&format!("{prefix}model.norm.{key}")).unwrap_or(part)
+        });
+        let lm_head = reshape_parameters(text.lm_head.clone(), |key, part| {
+            gathered.remove(&format!("{prefix}lm_head.{key}")).unwrap_or(part)
+        });
+        (norm, lm_head)
+    }
+
+    fn trains(&self, unit: Unit) -> bool {
+        self.sharding.trained.contains_key(&unit)
+    }
+
+    fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>) {
+        let ShardedGradients { parts, waiting } = &mut *self.gradients;
+        for (key, gradient) in gradients {
+            let is_spread = self.sharding.shapes.contains_key(&key);
+            let to = if is_spread { &mut *waiting } else { &mut *parts };
+            to.add(key, gradient);
+        }
+        let Some(keys) = self.sharding.trained.get(&unit).filter(|_| self.sums_now) else { return };
+        let whole: Vec<Option<Tensor<1>>> = keys.iter().map(|key| waiting.remove(key)).collect();
+        while self.sums.len() >= SUMS_UNDER_WAY {
+            self.keep_oldest_sum();
+        }
+        let (keys, shapes) = (Arc::clone(keys), self.sharding.shapes());
+        let sum = self.sharding.lane.start(move |group| sum_parts(group, &keys, whole, &shapes));
+        self.sums.push_back(sum);
+    }
+}
+
+/// Everybody's parts of parameters, put together.
+fn gather(
+    group: &Communicator,
+    parts: Vec<(String, Tensor<1>)>,
+    shapes: &HashMap<String, Vec<usize>>,
+) -> Vec<Gathered> {
+    let mut mine = Vec::new();
+    let mut layout = Vec::with_capacity(parts.len());
+    for (key, part) in parts {
+        let data = part.into_data();
+        layout.push((shapes[&key].clone(), data.dtype(), key));
+        mine.extend_from_slice(data.as_bytes());
+    }
+    let bytes = |(shape, dtype, _): &(Vec<usize>, DType, String), rank: usize| {
+        let part = part_of(shape.iter().product(), rank, group.size());
+        part.start * dtype.size()..part.end * dtype.size()
+    };
+    let counts: Vec<usize> =
+        (0..group.size()).map(|rank| layout.iter().map(|entry| bytes(entry, rank).len()).sum()).collect();
+    let mut all = vec![0u8; counts.iter().sum()];
+    group.all_gather_into(&mine, &counts, &mut all);
+    drop(mine);
+    // Where the next parameter's part lies in what each rank gave.
+    let mut at: Vec<usize> = counts
+        .iter()
+        .scan(0, |end, count| {
+            *end += count;
+            Some(*end - count)
+        })
+        .collect();
+    let mut fill = |entry: &(Vec<usize>, DType, String), whole: &mut [u8]| {
+        for (rank, at) in at.iter_mut().enumerate() {
+            let place = bytes(entry, rank);
+            let from = *at..*at + place.len();
+            *at = from.end;
+            whole[place].copy_from_slice(&all[from]);
+        }
+    };
+    let mut gathered = Vec::with_capacity(layout.len());
+    for entry in layout {
+        let elements = entry.0.iter().product();
+        let values = match entry.1 {
+            DType::BF16 => {
+                let mut whole = vec![bf16::ZERO; elements];
+                fill(&entry, cast_slice_mut(&mut whole));
+                TensorData::new(whole, [elements])
+            }
+            DType::F32 => {
+                let mut whole = vec![0.0f32; elements];
+                fill(&entry, cast_slice_mut(&mut whole));
+                TensorData::new(whole, [elements])
+            }
+            other => unreachable!("parameters are stored in f32 or bf16, not in {other:?}"),
+        };
+        gathered.push(Gathered { key: entry.2, shape: entry.0, values });
+    }
+    gathered
+}
+
+/// Sums gradients over the group; returns this rank's parts of those that any rank has.
+fn sum_parts(
+    group: &Communicator,
+    keys: &[String],
+    whole: Vec<Option<Tensor<1>>>,
+    shapes: &HashMap<String, Vec<usize>>,
+) -> Summed {
+    let present: Vec<u8> = whole.iter().map(|gradient| u8::from(gradient.is_some())).collect();
+    let present = anywhere(group, &present);
+    let ranks = group.size();
+    let gradients: Vec<(&String, usize, Option<TensorData>)> = keys
+        .iter()
+        .zip(whole)
+        .zip(present)
+        .filter(|(_, present)| *present)
+        .map(|((key, gradient), _)| {
+            (key, shapes[key].iter().product(), gradient.map(|gradient| gradient.into_data()))
+        })
+        .collect();
+    let part_lengths = |rank: usize| gradients.iter().map(move |&(_, n, _)| part_of(n, rank, ranks).len());
+    let counts: Vec<usize> = (0..ranks).map(|rank| part_lengths(rank).sum()).collect();
+    let mut values: Vec<f32> = Vec::with_capacity(counts.iter().sum());
+    for rank in 0..ranks {
+        for (_, elements, gradient) in &gradients {
+            let part = part_of(*elements, rank, ranks);
+            match gradient {
+                Some(gradient) => {
+                    values.extend_from_slice(&cast_slice::<u8, f32>(gradient.as_bytes())[part]);
+                }
+                None => values.resize(values.len() + part.len(), 0.0),
+            }
+        }
+    }
+    let mut rest = &group.reduce_scatter_sum(&values, &counts)[..];
+    let mut parts = Vec::with_capacity(gradients.len());
+    for ((key, ..), length) in gradients.iter().zip(part_lengths(group.rank())) {
+        let (part, after) = rest.split_at(length);
+        parts.push(((*key).clone(), part.to_vec()));
+        rest = after;
+    }
+    parts
+}
+
+/// Which of the flags are set on any rank.
+pub(super) fn anywhere(group: &Communicator, flags: &[u8]) -> Vec<bool> {
+    let all = group.all_gather(flags);
+    (0..flags.len()).map(|i| all.iter().skip(i).step_by(flags.len()).any(|&flag| flag != 0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_whole_blocks_and_cover_everything() {
+        for (elements, ranks) in [(0, 3), (1, 2), (256, 2), (1000, 3), (65_536, 4)] {
+            let parts: Vec<_> = (0..ranks).map(|rank| part_of(elements, rank, ranks)).collect();
+            assert_eq!((parts[0].start, parts[ranks - 1].end), (0, elements));
+            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+            assert!(parts.iter().all(|part| part.start.is_multiple_of(BLOCK) || part.start == elements));
+        }
+        assert_eq!(part_of(65_536, 1, 4), 16_384..32_768);
+    }
+
+    #[test]
+    fn units_are_found_by_key() {
+        assert_eq!(unit_of("model.layers.12.mlp.gate.weight", ""), Unit::Layer(12));
+        assert_eq!(unit_of("language_model.lm_head.weight", "language_model."), Unit::Head);
+        assert_eq!(unit_of("language_model.model.embed_tokens.weight", "language_model."), Unit::Front);
+        assert_eq!(unit_of("vision_tower.ln_pre.weight", "language_model."), Unit::Front);
+    }
+}

@@ -1,0 +1,190 @@
+//! What a run would take, from its recipe and the model's configuration alone.
+
+use std::fmt;
+use std::path::Path;
+
+use mistral4_checkpoint::config::{ConfigOptions, preset_names};
+use mistral4_checkpoint::weights::names::{TensorKind, TensorSpec, tensors};
+
+use crate::error::{Error, Result};
+use crate::parallel::MeshShape;
+use crate::parallel::sharding::part_of;
+use crate::recipe::{ModelSource, Recipe, Strategy};
+use crate::setup::{Base, frozen};
+
+/// Memory of one rank, in bytes, besides activations.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RankMemory {
+    /// Weights that the rank keeps.
+    pub weights: u64,
+    /// Gradients in f32, of the trained parameters.
+    pub gradients: u64,
+    /// The optimizer's two moments in f32, and the weights in f32 where they are kept in less.
+    pub optimizer: u64,
+    /// Units of a sharded model that are whole at the same time: the one in use and the next.
+    pub gathered: u64,
+}
+
+impl RankMemory {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.gathered
+    }
+}
+
+/// What a run would take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The mesh.
+    pub mesh: MeshShape,
+    /// How parameters are kept.
+    pub strategy: Strategy,
+    /// Rows of a forward and backward pass.
+    pub local_batch_size: usize,
+    /// Passes of a rank in a step.
+    pub grad_acc_steps: usize,
+    /// Memory of the fullest rank; `None` where the model's configuration is not on this machine.
+    pub memory: Option<RankMemory>,
+}
+
+impl Plan {
+    /// The plan of a recipe on `ranks` ranks.
+    ///
+    /// # Errors
+    /// A mesh or batch size that does not fit, and a model that cannot be read.
+    pub fn new(recipe: &Recipe, ranks: usize) -> Result<Self> {
+        let mesh = MeshShape::new(&recipe.distributed, ranks)?;
+        let step = &recipe.step_scheduler;
+        let pass = step.local_batch_size * mesh.dp();
+        if !step.global_batch_size.is_multiple_of(pass) {
+            return Err(Error::Inconsistent {
+                key: "step_scheduler.global_batch_size".to_owned(),
+                value: step.global_batch_size.to_string(),
+                message: format!(
+                    "must be divisible by local_batch_size * data-parallel ranks ({} * {})",
+                    step.local_batch_size,
+                    mesh.dp()
+                ),
+            });
+        }
+        Ok(Self {
+            mesh,
+            strategy: recipe.distributed.strategy,
+            local_batch_size: step.local_batch_size,
+            grad_acc_steps: step.global_batch_size / pass,
+            memory: memory(recipe, &mesh)?,
+        })
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mesh, local_batch_size, grad_acc_steps, .. } = self;
+        let keeps = match self.strategy {
+            Strategy::FullyShard if mesh.dp_shard > 1 => "its part of every parameter",
+            _ => "all parameters",
+        };
+        writeln!(f, "mesh: {mesh}; a rank keeps {keeps}")?;
+        writeln!(
+            f,
+            "step: {local_batch_size} rows a pass * {grad_acc_steps} passes * {} data-parallel ranks = {} rows",
+            mesh.dp(),
+            local_batch_size * grad_acc_steps * mesh.dp()
+        )?;
+        let Some(memory) = self.memory else {
+            return writeln!(f, "memory: unknown until the model's configuration is on this machine");
+        };
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        writeln!(
+            f,
+            "memory of a rank, activations left out: weights {:.3} + gradients {:.3} + optimizer {:.3} + gathered {:.3} = {:.3} GiB",
+            gib(memory.weights),
+            gib(memory.gradients),
+            gib(memory.optimizer),
+            gib(memory.gathered),
+            gib(memory.total())
+        )
+    }
+}
+
+fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
+    let (ModelSource::Pretrained(name) | ModelSource::FromConfig(name)) = &recipe.model.source;
+    if !Path::new(name).exists() && !preset_names().any(|preset| preset == name) {
+        return Ok(None);
+    }
+    let Base { config, dtype, .. } = Base::open(&recipe.model, &ConfigOptions::default())?;
+    let specs = tensors(&config.config);
+    let is_frozen = frozen(recipe.freeze_config);
+    let shards = match recipe.distributed.strategy {
+        Strategy::FullyShard => mesh.dp_shard,
+        Strategy::Replicate => 1,
+    };
+    let width = dtype.stored().size() as u64;
+    let elements = |spec: &TensorSpec| spec.shape.iter().product::<usize>();
+    let mut memory = RankMemory::default();
+    for spec in &specs {
+        let is_bias = spec.kind == TensorKind::GateBias;
+        // The last rank has the most where blocks do not divide.
+        let kept = if is_bias { elements(spec) } else { part_of(elements(spec), shards - 1, shards).len() };
+        let kept = kept as u64;
+        memory.weights += kept * width;
+        if !is_bias && !is_frozen(&spec.key) {
+            memory.gradients += kept * 4;
+            memory.optimizer += kept * if width < 4 { 12 } else { 8 };
+        }
+    }
+    if shards > 1 {
+        // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
+        let layer = |spec: &&TensorSpec| {
+            let rest = spec.key.split_once("model.layers.")?.1;
+            rest.split('.').next()?.parse::<usize>().ok()
+        };
+        let layers = config.config.text.num_hidden_layers;
+        let mut units = vec![0u64; layers];
+        for spec in &specs {
+            if let Some(index) = layer(&spec) {
+                units[index] += elements(spec) as u64 * width;
+            }
+        }
+        memory.gathered = 2 * units.into_iter().max().unwrap_or(0);
+    }
+    Ok(Some(memory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::parse_overrides;
+
+    fn plan(ranks: usize, overrides: &[&str]) -> Result<Plan> {
+        let recipe = "recipe: TrainFinetuneRecipeForNextTokenPrediction
+step_scheduler: {global_batch_size: 16, local_batch_size: 2}
+model: {_target_: NeMoAutoModelForCausalLM.from_config, config: tiny, torch_dtype: float32}
+dataset: {_target_: MockIterableDataset, vocab_size: 40, seq_len: 9, num_samples: 26}
+optimizer: {_target_: AdamW}
+";
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let overrides = parse_overrides(&overrides).unwrap();
+        Plan::new(&Recipe::parse("r.yaml", recipe.as_bytes(), &overrides, &|_| None).unwrap(), ranks)
+    }
+
+    #[test]
+    fn shards_divide_what_replicas_repeat() {
+        let one = plan(1, &[]).unwrap().memory.unwrap();
+        let copies = plan(4, &["--distributed.strategy", "ddp"]).unwrap().memory.unwrap();
+        assert_eq!((one, one.gathered), (copies, 0));
+        assert_eq!((one.gradients * 2, one.weights / one.gradients), (one.optimizer, 1));
+        let shards = plan(4, &[]).unwrap().memory.unwrap();
+        let quarter = shards.optimizer as f64 / one.optimizer as f64;
+        assert!((0.25..0.3).contains(&quarter), "{quarter}");
+        assert!(shards.gathered > 0);
+    }
+
+    #[test]
+    fn steps_and_their_arithmetic_are_shown() {
+        let text = plan(4, &["--distributed.dp_replicate_size", "2"]).unwrap().to_string();
+        assert!(text.contains("2 rows a pass * 2 passes * 4 data-parallel ranks = 16 rows"), "{text}");
+        let message = plan(3, &[]).unwrap_err().to_string();
+        assert!(message.contains("(2 * 3)"), "{message}");
+    }
+}

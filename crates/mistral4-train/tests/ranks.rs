@@ -1,0 +1,248 @@
+//! Runs on many ranks give the losses, gradients and weights of a run on one, to rounding.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::Device;
+use mistral4_train::checkpoint::Disk;
+use mistral4_train::parallel::communicator::threads;
+use mistral4_train::recipe::{Override, Recipe};
+use mistral4_train::trainer::{self, Event, Host};
+use serde_json::Value;
+
+/// The trained fixtures of `parity.rs`.
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/training")
+}
+
+/// A recipe over a fixture.
+#[derive(Clone, Copy)]
+struct Case {
+    fixture: &'static str,
+    target: &'static str,
+}
+
+const TEXT: Case =
+    Case { fixture: "text", target: "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained" };
+const MULTIMODAL: Case =
+    Case { fixture: "multimodal", target: "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained" };
+
+impl Case {
+    fn recipe(self, out: &Path, more: &[(&str, &str)]) -> Recipe {
+        let case = fixtures().join(self.fixture);
+        let set = |key: &str, value: &str| Override { key: key.to_owned(), value: value.to_owned() };
+        let mut overrides = vec![
+            set("model._target_", self.target),
+            set("model.pretrained_model_name_or_path", case.join("model").to_str().unwrap()),
+            set("model.gate_bias_update_factor", "0.01"),
+            set("model.aux_loss_coeff", "0.05"),
+            set("dataset.path_or_dataset", case.join("unshifted.jsonl").to_str().unwrap()),
+            set("checkpoint.checkpoint_dir", out.to_str().unwrap()),
+            set("step_scheduler.local_batch_size", "1"),
+            set("step_scheduler.max_steps", "4"),
+        ];
+        overrides.extend(more.iter().map(|(key, value)| set(key, value)));
+        Recipe::load(&fixtures().join("recipe.yaml"), &overrides).unwrap()
+    }
+
+    fn train(self, ranks: usize, out: &Path, more: &[(&str, &str)]) {
+        train_until(&self.recipe(out, more), ranks, usize::MAX);
+    }
+}
+
+/// Runs on `ranks` ranks until the step `last`, and is then asked to stop.
+fn train_until(recipe: &Recipe, ranks: usize, last: usize) {
+    let stop = AtomicBool::new(false);
+    threads::run(ranks, |world| {
+        let host = Host { device: Device::flex(), disk: Disk::default(), world };
+        let mut observe = |event: Event<'_>| {
+            if let Event::Step(metrics) = event {
+                stop.store(metrics.step + 1 >= last, Ordering::Relaxed);
+            }
+        };
+        trainer::run_on(host, recipe, &stop, &mut observe)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+            .unwrap();
+    });
+}
+
+fn metrics(out: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join("training.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn tensors(file: &Path) -> BTreeMap<String, Vec<f32>> {
+    let bytes = std::fs::read(file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let values = |tensor: safetensors::tensor::TensorView<'_>| match tensor.dtype() {
+        safetensors::Dtype::BF16 => {
+            let halves = tensor.data().as_chunks::<2>().0.iter();
+            halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
+        }
+        _ => tensor.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+    };
+    tensors.tensors().into_iter().map(|(key, tensor)| (key, values(tensor))).collect()
+}
+
+/// Compares tensor files, each tensor by the norm of what differs.
+fn assert_close(a: &Path, b: &Path, tolerance: f64) {
+    let (a, b) = (tensors(a), tensors(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (key, a) in &a {
+        let norm =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let size = norm(&mut a.iter().copied());
+        let diff = norm(&mut a.iter().zip(&b[key]).map(|(a, b)| a - b));
+        assert!(diff <= tolerance * size + 1e-9, "{key}: {diff} of {size}");
+    }
+}
+
+/// Compares a run on several ranks with one on a single rank: every step's loss and norm, the first gradient (as Adam
+/// remembers it) and the last weights.
+fn assert_same_run(case: Case, ranks: usize, layout: &[(&str, &str)]) {
+    let place = tempfile::tempdir().unwrap();
+    let [one, many] = ["one", "many"].map(|name| place.path().join(name));
+    let saving = [("step_scheduler.ckpt_every_steps", "1")];
+    let same: Vec<(&str, &str)> =
+        layout.iter().copied().filter(|(key, _)| !key.starts_with("distributed.")).collect();
+    case.train(1, &one, &[&same[..], &saving].concat());
+    case.train(ranks, &many, &[layout, &saving].concat());
+    let (a, b) = (metrics(&one), metrics(&many));
+    assert_eq!((a.len(), b.len()), (4, 4));
+    for (a, b) in a.iter().zip(&b) {
+        for key in ["loss", "grad_norm", "aux_loss", "expert_load_entropy"] {
+            let (a, b) = (a[key].as_f64().unwrap(), b[key].as_f64().unwrap());
+            assert!((a - b).abs() <= 2e-5 * a.abs(), "{key}: {a} on one rank, {b} on {ranks} ({layout:?})");
+        }
+        for key in ["num_label_tokens", "num_tokens_per_step", "lr"] {
+            assert_eq!(a[key], b[key], "{key}");
+        }
+        assert!(b["rank_time_max"].as_f64() >= b["rank_time_mean"].as_f64() && b["slowest_rank"].is_string());
+        assert!(a.get("slowest_rank").is_none());
+    }
+    let first = "epoch_0_step_0/optim/exp_avg.safetensors";
+    assert_close(&one.join(first), &many.join(first), 1e-5);
+    let last = "LATEST/model/consolidated/model.safetensors";
+    assert_close(&one.join(last), &many.join(last), 1e-4);
+}
+
+#[test]
+fn replicas_train_like_one_rank() {
+    for case in [TEXT, MULTIMODAL] {
+        for ranks in [2, 4] {
+            assert_same_run(case, ranks, &[("distributed.strategy", "ddp")]);
+        }
+    }
+    assert_same_run(
+        TEXT,
+        2,
+        &[("distributed.strategy", "ddp"), ("distributed.activation_checkpointing", "true")],
+    );
+}
+
+#[test]
+fn shards_train_like_one_rank() {
+    for case in [TEXT, MULTIMODAL] {
+        for ranks in [2, 4] {
+            assert_same_run(case, ranks, &[("distributed.strategy", "fsdp2")]);
+        }
+    }
+    assert_same_run(TEXT, 2, &[("distributed.defer_fsdp_grad_sync", "false")]);
+}
+
+#[test]
+fn a_short_step_at_the_end_of_an_epoch_is_the_same() {
+    // Rows 5 and 6 of 6: a step in which half of the ranks have nothing of their own.
+    let short = [("dataset.limit_dataset_samples", "6"), ("step_scheduler.num_epochs", "2")];
+    for strategy in ["fsdp2", "ddp"] {
+        assert_same_run(TEXT, 4, &[&short[..], &[("distributed.strategy", strategy)]].concat());
+    }
+}
+
+#[test]
+fn replicas_of_shards_train_like_one_rank() {
+    for case in [TEXT, MULTIMODAL] {
+        assert_same_run(case, 4, &[("distributed.dp_replicate_size", "2")]);
+    }
+}
+
+#[test]
+fn frozen_parts_are_spread_too_and_stay() {
+    let frozen = [("freeze_config.freeze_embeddings", "true"), ("freeze_config.freeze_vision_tower", "true")];
+    let place = tempfile::tempdir().unwrap();
+    let [one, many] = ["one", "many"].map(|name| place.path().join(name));
+    MULTIMODAL.train(1, &one, &frozen);
+    MULTIMODAL.train(2, &many, &frozen);
+    let last = "LATEST/model/consolidated/model.safetensors";
+    assert_close(&one.join(last), &many.join(last), 1e-4);
+    let before = tensors(&fixtures().join("multimodal/model/model.safetensors"));
+    let after = tensors(&many.join(last));
+    let tower = |key: &&String| key.contains("vision_tower") || key.contains("embed_tokens");
+    assert!(before.keys().any(|key| tower(&key)));
+    for key in before.keys().filter(tower) {
+        assert_eq!(before[key], after[key], "{key}");
+    }
+}
+
+#[test]
+fn ranks_that_stop_go_on_bit_for_bit_and_on_another_number_to_rounding() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    let longer = [("step_scheduler.max_steps", "6"), ("checkpoint.is_async", "true")];
+    TEXT.train(4, &path("whole"), &longer);
+    train_until(&TEXT.recipe(&path("parts"), &longer), 4, 3);
+    for ranks in [2, 1] {
+        copy(&path("parts"), &path(&format!("on_{ranks}")));
+        TEXT.train(ranks, &path(&format!("on_{ranks}")), &longer);
+    }
+    TEXT.train(4, &path("parts"), &longer);
+    let whole = metrics(&path("whole"));
+    for (name, tolerance) in [("parts", 0.0), ("on_2", 2e-5), ("on_1", 2e-5)] {
+        let resumed = metrics(&path(name));
+        assert_eq!(resumed.len(), 6, "{name}");
+        for (a, b) in whole.iter().zip(&resumed) {
+            for key in ["loss", "grad_norm"] {
+                let (a, b) = (a[key].as_f64().unwrap(), b[key].as_f64().unwrap());
+                assert!((a - b).abs() <= tolerance * a.abs(), "{name}: {key} {a} against {b}");
+            }
+        }
+    }
+    for file in
+        ["model/consolidated/model.safetensors", "optim/exp_avg.safetensors", "optim/exp_avg_sq.safetensors"]
+    {
+        let read = |name: &str| std::fs::read(path(name).join("LATEST").join(file)).unwrap();
+        assert!(read("whole") == read("parts"), "{file} differs after stopping and going on");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => copy(&from, &to),
+            kind if kind.is_symlink() => {
+                std::os::unix::fs::symlink(std::fs::read_link(&from).unwrap(), &to).unwrap();
+            }
+            _ => drop(std::fs::copy(&from, &to).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn a_mesh_that_does_not_fit_is_refused_on_every_rank() {
+    let place = tempfile::tempdir().unwrap();
+    let recipe = TEXT.recipe(place.path(), &[("distributed.dp_size", "3")]);
+    let refused = threads::run(2, |world| {
+        let host = Host { device: Device::flex(), disk: Disk::default(), world };
+        let run = trainer::run_on(host, &recipe, &AtomicBool::new(false), &mut |_| {});
+        run.err().map(|error| error.to_string())
+    });
+    for message in refused {
+        let message = message.unwrap();
+        assert!(message.contains("3 * 1 * 1 * 1 = 3, and there are 2 ranks"), "{message}");
+    }
+}
