@@ -1,12 +1,14 @@
 //! Linear maps.
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 
 use crate::error::Result;
 use crate::model::lora::{self, Lora};
 use crate::model::weight::LinearWeight;
-use crate::ops;
+use crate::ops::{self, Group, collective};
 use crate::weights::Parameters;
 
 /// `y = x W^T + b`, with a low-rank adapter on `W` where there is one.
@@ -36,6 +38,15 @@ impl Linear {
     /// # Shapes
     /// - `x`: `[rows, in]`, output: `[rows, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.forward_row_parallel(x, &None)
+    }
+
+    /// As [`Linear::forward`] where each rank of `group` holds some of the inputs: the ranks' sums are added up before
+    /// the bias is.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, in of this rank]`, output: `[rows, out]`
+    pub fn forward_row_parallel(&self, x: Tensor<2>, group: &Option<Arc<dyn Group>>) -> Tensor<2> {
         let y = match &self.lora {
             Some(lora) => {
                 let y = self.weight.forward(x.clone());
@@ -43,6 +54,7 @@ impl Linear {
             }
             None => self.weight.forward(x),
         };
+        let y = collective::reduce_from_group(y, group);
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,

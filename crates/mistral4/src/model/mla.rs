@@ -18,7 +18,8 @@ use crate::model::cache::LayerCache;
 use crate::model::linear::Linear;
 use crate::model::norm::{LATENT_NORM_EPS, RmsNorm};
 use crate::model::rope::RotaryTables;
-use crate::ops::{self, AttentionSpec, MlaSpec, RopeSpec, Segment};
+use crate::ops::collective::copy_to_group;
+use crate::ops::{self, AttentionSpec, Group, MlaSpec, RopeSpec, Segment};
 use crate::weights::Parameters;
 
 /// Who sees whom in one forward pass.
@@ -58,6 +59,9 @@ pub struct Mla {
     pub o_proj: Linear,
     #[module(skip)]
     shape: MlaShape,
+    /// Ranks that hold some of the heads each.
+    #[module(skip)]
+    tensor_group: Option<Arc<dyn Group>>,
 }
 
 /// Sizes and scale of the attention.
@@ -112,7 +116,14 @@ impl Mla {
                 softmax_scale: config.softmax_scale.value,
                 interleaved: c.rope_interleave,
             },
+            tensor_group: None,
         })
+    }
+
+    /// Leaves each rank of `group` its part of the heads.
+    pub(crate) fn set_tensor_group(&mut self, group: Arc<dyn Group>) {
+        self.shape.heads /= group.size();
+        self.tensor_group = Some(group);
     }
 
     /// # Shapes
@@ -148,7 +159,7 @@ impl Mla {
             }
             _ => self.attend_expanded(q, latent, k_pe, mask),
         };
-        self.o_proj.forward(out.reshape([tokens, s.heads * s.v]))
+        self.o_proj.forward_row_parallel(out.reshape([tokens, s.heads * s.v]), &self.tensor_group)
     }
 
     /// Rotated and scaled query, `[T, N, nope + rope]`.
@@ -156,8 +167,10 @@ impl Mla {
         let s = &self.shape;
         let tokens = x.dims()[0];
         let q = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
-            (Some(q_proj), ..) => q_proj.forward(x),
-            (None, Some(a), Some(norm), Some(b)) => b.forward(norm.forward(a.forward(x))),
+            (Some(q_proj), ..) => q_proj.forward(copy_to_group(x, &self.tensor_group)),
+            (None, Some(a), Some(norm), Some(b)) => {
+                b.forward(copy_to_group(norm.forward(a.forward(x)), &self.tensor_group))
+            }
             _ => unreachable!("new() builds either q_proj or the low-rank pair"),
         };
         let q = q.reshape([tokens, s.heads, s.nope + s.rope]);
@@ -174,7 +187,9 @@ impl Mla {
         let k_pe = both.slice_dim(1, s.rank..s.rank + s.rope).reshape([tokens, 1, s.rope]);
         let spec = RopeSpec { offset: 0, interleaved: s.interleaved, scale: None };
         let k_pe = ops::rope(k_pe, rotary.cos.clone(), rotary.sin.clone(), spec);
-        (latent, k_pe.reshape([tokens, s.rope]))
+        // Every rank's heads use all of both.
+        let k_pe = k_pe.reshape([tokens, s.rope]);
+        (copy_to_group(latent, &self.tensor_group), copy_to_group(k_pe, &self.tensor_group))
     }
 
     /// Attention with keys and values expanded from the latents of this pass.

@@ -1,12 +1,15 @@
 //! The dense gated feed-forward: leading dense layers, shared experts, and the vision tower's layers.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use mistral4_checkpoint::config::Activation;
 
 use crate::error::Result;
 use crate::model::linear::Linear;
-use crate::ops;
+use crate::ops::collective::copy_to_group;
+use crate::ops::{self, Group};
 use crate::weights::Parameters;
 
 /// `down_proj(act(gate_proj(x)) * up_proj(x))`.
@@ -20,6 +23,9 @@ pub struct Mlp {
     pub down_proj: Linear,
     #[module(skip)]
     act: Activation,
+    /// Ranks that hold a part of F each.
+    #[module(skip)]
+    pub(crate) tensor_group: Option<Arc<dyn Group>>,
 }
 
 impl Mlp {
@@ -33,13 +39,16 @@ impl Mlp {
             up_proj: Linear::new(hidden, inter, false, &parameters.pp("up_proj"))?,
             down_proj: Linear::new(inter, hidden, false, &parameters.pp("down_proj"))?,
             act,
+            tensor_group: None,
         })
     }
 
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let x = copy_to_group(x, &self.tensor_group);
         let gate = self.gate_proj.forward(x.clone());
-        self.down_proj.forward(ops::gated(gate, self.up_proj.forward(x), self.act))
+        let inner = ops::gated(gate, self.up_proj.forward(x), self.act);
+        self.down_proj.forward_row_parallel(inner, &self.tensor_group)
     }
 }

@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod decoder_layer;
 pub mod dropout;
+mod expert_parallel;
 pub mod experts;
 pub mod gate;
 pub mod linear;
@@ -15,6 +16,7 @@ pub mod mlp;
 pub mod moe;
 pub mod multimodal;
 pub mod norm;
+pub mod parallel;
 pub mod rope;
 pub mod text;
 pub mod weight;
@@ -24,6 +26,7 @@ use mistral4_checkpoint::config::Config;
 
 pub use self::gate::Routing;
 pub use self::multimodal::Mistral3ForConditionalGeneration;
+pub use self::parallel::ModelGroups;
 pub use self::text::{Mistral4ForCausalLM, Mistral4Model};
 use crate::error::{Error, Result};
 use crate::inputs::{ForwardOptions, ModelInputs};

@@ -1,14 +1,18 @@
 //! The mixture of experts: routed experts beside shared ones.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use mistral4_checkpoint::config::TextConfig;
 
 use crate::error::Result;
+use crate::model::expert_parallel;
 use crate::model::experts::Experts;
 use crate::model::gate::{Gate, Routing};
 use crate::model::mlp::Mlp;
-use crate::ops;
+use crate::ops::collective::{copy_to_group, reduce_from_group};
+use crate::ops::{self, Group};
 use crate::weights::Parameters;
 
 /// What a caller may choose about the mixture beyond `config.json`.
@@ -46,6 +50,12 @@ pub struct Moe {
     pub experts: Experts,
     /// The shared experts, as one feed-forward.
     pub shared_experts: Mlp,
+    /// Ranks that hold some of the experts each.
+    #[module(skip)]
+    pub(crate) expert_group: Option<Arc<dyn Group>>,
+    /// Ranks that hold a part of F each.
+    #[module(skip)]
+    pub(crate) tensor_group: Option<Arc<dyn Group>>,
 }
 
 impl Moe {
@@ -59,6 +69,8 @@ impl Moe {
             gate: Gate::new(c, options, &parameters.pp("gate"))?,
             experts: Experts::new(c, &parameters.pp("experts"))?,
             shared_experts: Mlp::new(c.hidden_size, shared, c.hidden_act, &parameters.pp("shared_experts"))?,
+            expert_group: None,
+            tensor_group: None,
         })
     }
 
@@ -66,7 +78,16 @@ impl Moe {
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> (Tensor<2>, Routing) {
         let routing = self.gate.forward(x.clone(), token_mask);
-        let routed = self.experts.forward(x.clone(), &routing);
-        (ops::add(routed, self.shared_experts.forward(x)), routing)
+        let x = copy_to_group(x, &self.tensor_group);
+        let here = Routing {
+            weights: copy_to_group(routing.weights.clone(), &self.tensor_group),
+            ..routing.clone()
+        };
+        let routed = match &self.expert_group {
+            Some(group) => expert_parallel::routed(&self.experts, group, x.clone(), &here),
+            None => self.experts.forward(x.clone(), &here),
+        };
+        let y = ops::add(routed, self.shared_experts.forward(x));
+        (reduce_from_group(y, &self.tensor_group), routing)
     }
 }

@@ -140,6 +140,10 @@ impl Mistral4Model {
         }
         for (layer, load) in loads {
             let FeedForward::Moe(moe) = &mut self.layers[*layer].mlp else { continue };
+            if moe.gate.e_score_correction_bias.dims() == [0] {
+                // The layer belongs to another stage.
+                continue;
+            }
             let mean = load.iter().sum::<u64>() as f64 / load.len() as f64;
             let step = |&l: &u64| {
                 let under = mean - l as f64;

@@ -6,6 +6,7 @@
 pub mod activation;
 #[cfg(feature = "flex")]
 mod autodiff;
+pub mod collective;
 pub mod composite;
 #[cfg(feature = "flex")]
 mod extension;
@@ -22,6 +23,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::tensor::{Device, Int, Tensor};
 use mistral4_checkpoint::config::Activation;
 pub use mistral4_kernels::Segment;
+
+pub use self::collective::Group;
 
 static COMPOSITE_ONLY: AtomicBool = AtomicBool::new(false);
 
