@@ -2,9 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -19,9 +17,6 @@ const LOCAL_RANK: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", 
 
 /// A rank that fails leaves the first one this long to say the same of itself.
 const FIRST_SPEAKS: Duration = Duration::from_secs(1);
-/// Seconds that `mpirun` leaves ranks that were asked to end, to finish a step and save.
-const TIME_TO_SAVE: u32 = 600;
-const LOOK_AT_PEERS: Duration = Duration::from_millis(500);
 
 /// Runs this program with `arguments` on `ranks` ranks, each with its share of the cores, and waits for them.
 ///
@@ -39,7 +34,6 @@ pub(crate) fn start(ranks: u16, arguments: Vec<OsString>, threads: Option<u16>) 
     let mut command = Command::new("mpirun");
     command
         .args(["-n", &ranks.to_string(), "--oversubscribe", "--bind-to", "none"])
-        .args(["--mca", "odls_base_sigkill_timeout", &TIME_TO_SAVE.to_string()])
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
         .arg(program)
@@ -55,9 +49,12 @@ pub(crate) fn start(ranks: u16, arguments: Vec<OsString>, threads: Option<u16>) 
         )
     })?;
     let launcher = child.id();
+    let asked = AtomicBool::new(false);
     ctrlc::set_handler(move || {
+        // USR1 is handed to the ranks, which save; TERM ends them at once.
+        let signal = if asked.swap(true, Ordering::Relaxed) { "-TERM" } else { "-USR1" };
         // Should it fail, the launcher has ended by itself.
-        let _ = Command::new("kill").args(["-TERM", &launcher.to_string()]).status();
+        let _ = Command::new("kill").args([signal, &launcher.to_string()]).status();
     })
     .map_err(|error| {
         Error::failed(format!("cannot watch for Ctrl-C: {error}"), "this is a defect; please report it")
@@ -147,64 +144,16 @@ fn number(variables: &[&str]) -> Option<usize> {
     variables.iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
 }
 
-/// Ends this rank when one beside it on the machine ends before its work is done: what the launcher sends then is the
-/// signal that also asks a rank to save, and a rank that waits for a lost one would never come to that.
-struct PeerWatch {
-    finished: Arc<AtomicBool>,
-}
-
-impl PeerWatch {
-    /// Begins to watch; collective.
-    fn begin(world: &Communicator) -> Self {
-        let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let me = format!("{} {}", std::process::id(), machine.trim());
-        let all = world.all_gather_varied(me.as_bytes());
-        let peer = |(rank, name): (usize, &Vec<u8>)| {
-            let (pid, on) = std::str::from_utf8(name).ok()?.split_once(' ')?;
-            let is_beside = rank != world.rank() && on == machine.trim();
-            is_beside.then(|| Some((rank, pid.parse::<u32>().ok()?)))?
-        };
-        let peers: Vec<(usize, u32)> = all.iter().enumerate().filter_map(peer).collect();
-        let finished = Arc::new(AtomicBool::new(false));
-        let (done, rank) = (Arc::clone(&finished), world.rank());
-        std::thread::spawn(move || {
-            while !done.load(Ordering::Relaxed) {
-                std::thread::sleep(LOOK_AT_PEERS);
-                let Some((lost, _)) = peers.iter().find(|&&(_, pid)| !is_alive(pid)) else { continue };
-                if !done.load(Ordering::Relaxed) {
-                    eprintln!("rank {rank} ends, since rank {lost} has ended");
-                    std::process::exit(1);
-                }
-            }
-        });
-        Self { finished }
-    }
-}
-
-/// Whether a process runs; where the system does not tell, it is taken to.
-fn is_alive(pid: u32) -> bool {
-    if !Path::new("/proc/self/stat").exists() {
-        return true;
-    }
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-    // The state follows the name, which ends at the last parenthesis; Z is a process that ended and was not waited for.
-    stat.is_ok_and(|stat| !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
-}
-
 /// Runs a rank's work. A rank that fails says so and ends all ranks, since the others would wait for it.
 ///
 /// # Errors
 /// The work's own, for a single rank.
 pub(crate) fn together<T>(world: &Communicator, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let watch = (world.size() > 1).then(|| PeerWatch::begin(world));
     let mut done = None;
     let result = catch_panics(|| {
         done = Some(work()?);
         Ok(())
     });
-    if let (Ok(()), Some(watch)) = (&result, &watch) {
-        watch.finished.store(true, Ordering::Relaxed);
-    }
     match (result, done) {
         (Ok(()), Some(done)) => Ok(done),
         (Ok(()), None) => unreachable!("the work is done"),

@@ -20,7 +20,7 @@ clip_grad_norm: {max_norm: 1.0}
 ";
 
 /// Nothing here takes longer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A folder with a recipe; `None`, said loudly, where there is no `mpirun`.
 struct Place(tempfile::TempDir);

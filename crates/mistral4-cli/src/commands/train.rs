@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mistral4_train::checkpoint::Disk;
 use mistral4_train::dashboard::Dashboard;
-use mistral4_train::parallel::Communicator;
+use mistral4_train::parallel::{Communicator, stop};
 use mistral4_train::plan::Plan;
 use mistral4_train::recipe::{Recipe, parse_overrides};
 use mistral4_train::trainer::{self, Event, Host, Run};
@@ -77,6 +77,11 @@ fn run_rank(arguments: &TrainArguments, world: &Communicator) -> Result<()> {
     let device = arguments.compute.device.of_rank(launch::local_rank()).open()?;
     let follows = "finishing this step and saving; once more to leave at once";
     let interrupted = on_interrupt(if world.is_first() { follows } else { "" })?;
+    if world.size() > 1 {
+        stop::on_user_signal(Arc::clone(&interrupted)).map_err(|error| {
+            Error::failed(format!("cannot watch for SIGUSR1: {error}"), "this is a defect; please report it")
+        })?;
+    }
     let folder = &recipe.checkpoint.checkpoint_dir;
     let dashboard = arguments.dashboard.filter(|_| world.is_first());
     let dashboard = dashboard.map(|port| Dashboard::start(folder, port)).transpose()?;

@@ -5,6 +5,7 @@ pub mod lane;
 pub mod mesh;
 pub mod reduce;
 pub mod sharding;
+pub mod stop;
 
 pub use communicator::Communicator;
 pub use lane::{Lane, Pending};
