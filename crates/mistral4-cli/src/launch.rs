@@ -16,7 +16,7 @@ const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
 const LOCAL_RANK: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
 
 /// A rank that fails leaves the first one this long to say the same of itself.
-const FIRST_SPEAKS: Duration = Duration::from_secs(1);
+const FIRST_SPEAKS: Duration = Duration::from_secs(5);
 
 /// Runs this program with `arguments` on `ranks` ranks, each with its share of the cores, and waits for them.
 ///
