@@ -143,13 +143,20 @@ fn kill_after(place: &Place, run: &str, step: usize, rank: usize, more: &[&str])
 #[test]
 fn two_ranks_train_like_one_and_one_of_them_speaks() {
     let Some(place) = Place::new() else { return };
-    for (run, ranks, strategy) in [("one", 1, "fsdp2"), ("copies", 2, "ddp"), ("shards", 2, "fsdp2")] {
-        let output = place.train(run, ranks, &["--distributed.strategy", strategy]);
+    for (run, ranks, key, value) in [
+        ("one", 1, "strategy", "fsdp2"),
+        ("copies", 2, "strategy", "ddp"),
+        ("shards", 2, "strategy", "fsdp2"),
+        ("experts", 2, "ep_size", "2"),
+        ("heads", 2, "tp_size", "2"),
+        ("layers", 2, "pp_size", "2"),
+    ] {
+        let output = place.train(run, ranks, &[&format!("--distributed.{key}"), value]);
         let lines = stderr(&output).lines().filter(|line| line.starts_with("step 3 ")).count();
         assert_eq!(lines, 1, "{}", stderr(&output));
     }
     let one = place.losses("one");
-    for run in ["copies", "shards"] {
+    for run in ["copies", "shards", "experts", "heads", "layers"] {
         let many = place.losses(run);
         assert_eq!(many.len(), one.len());
         for ((step, a, _), (_, b, _)) in one.iter().zip(&many) {

@@ -1,18 +1,18 @@
 //! Loss and gradients of one micro-batch.
 
+mod stage;
+mod store;
+
 use std::collections::BTreeMap;
 
-use burn::module::Module;
-use burn::tensor::{DType, Device, Gradients as BurnGradients, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use mistral4::inputs::{Layout, ModelInputs};
 use mistral4::model::Mistral4;
-use mistral4::model::decoder_layer::{DecoderLayer, LayerContext};
-use mistral4::model::linear::Linear;
-use mistral4::model::norm::RmsNorm;
-use mistral4::weights::take_gradients;
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
 
+pub use self::stage::{Stage, StageForward};
+pub use self::store::{ParameterStore, Unit, Whole};
 use crate::data::{Batch, BatchLayout};
 use crate::error::Result;
 
@@ -41,11 +41,6 @@ impl Gradients {
         self.0.remove(key)
     }
 
-    /// Adds all gradients of another set.
-    pub(crate) fn extend(&mut self, other: Self) {
-        other.0.into_iter().for_each(|(key, gradient)| self.add(key, gradient));
-    }
-
     /// Keys and gradients, in the order of keys.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
         self.0.iter().map(|(key, gradient)| (key.as_str(), gradient))
@@ -55,6 +50,11 @@ impl Gradients {
     ///
     /// On the CPU their memory is taken out and put back, so that nothing is copied.
     pub fn norm(&mut self) -> f64 {
+        self.square(|_| 1.0).sqrt()
+    }
+
+    /// Sum of the squares of all gradients, those of a key times its weight, in f64.
+    pub fn square(&mut self, weight: impl Fn(&str) -> f64) -> f64 {
         let square = |gradient: &mut Tensor<1>| -> f64 {
             let device = gradient.device();
             if ops::is_fused(&device) {
@@ -67,7 +67,7 @@ impl Gradients {
             }
             f64::from(gradient.clone().square().sum().into_scalar::<f32>())
         };
-        self.0.values_mut().map(square).sum::<f64>().sqrt()
+        self.0.iter_mut().map(|(key, gradient)| weight(key) * square(gradient)).sum()
     }
 
     /// Multiplies every gradient by `factor`.
@@ -76,66 +76,6 @@ impl Gradients {
             let scaled = gradient.clone() * factor;
             *gradient = scaled;
         }
-    }
-}
-
-/// Parameters that are needed at the same time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Unit {
-    /// Embeddings, vision tower and projector.
-    Front,
-    /// A decoder layer.
-    Layer(usize),
-    /// The final norm and `lm_head`.
-    Head,
-}
-
-/// Where the walk through a model finds parameters and leaves gradients.
-///
-/// `next` is the unit that the walk needs after this one, which a store may begin to fetch.
-pub trait ParameterStore {
-    /// The model, of whose parameters those of the front are present.
-    fn front(&mut self, next: Option<Unit>) -> Mistral4;
-
-    /// A layer.
-    fn layer(&mut self, index: usize, next: Option<Unit>) -> DecoderLayer;
-
-    /// The final norm and `lm_head`.
-    fn head(&mut self, next: Option<Unit>) -> (RmsNorm, Linear);
-
-    /// Whether any parameter of a unit is trained.
-    fn trains(&self, unit: Unit) -> bool;
-
-    /// Takes the gradients of a unit's parameters, by canonical key, flat.
-    fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>);
-}
-
-/// A model that is all here.
-struct Whole<'a> {
-    model: &'a Mistral4,
-    gradients: &'a mut Gradients,
-}
-
-impl ParameterStore for Whole<'_> {
-    fn front(&mut self, _: Option<Unit>) -> Mistral4 {
-        self.model.clone()
-    }
-
-    fn layer(&mut self, index: usize, _: Option<Unit>) -> DecoderLayer {
-        self.model.text().model.layers[index].clone()
-    }
-
-    fn head(&mut self, _: Option<Unit>) -> (RmsNorm, Linear) {
-        let text = self.model.text();
-        (text.model.norm.clone(), text.lm_head.clone())
-    }
-
-    fn trains(&self, _: Unit) -> bool {
-        true
-    }
-
-    fn add(&mut self, _: Unit, gradients: Vec<(String, Tensor<1>)>) {
-        gradients.into_iter().for_each(|(key, gradient)| self.gradients.add(key, gradient));
     }
 }
 
@@ -215,6 +155,15 @@ pub struct MicroBatchLoss {
     pub loads: Vec<(usize, Vec<u64>)>,
 }
 
+impl MicroBatchLoss {
+    /// Adds what another part of the model measured of the same micro-batch.
+    pub(crate) fn merge(&mut self, part: Self) {
+        self.loss_sum += part.loss_sum;
+        self.aux_loss += part.aux_loss;
+        self.loads.extend(part.loads);
+    }
+}
+
 /// Factors on the parts of the loss.
 #[derive(Debug, Clone, Copy)]
 pub struct LossScale {
@@ -222,6 +171,15 @@ pub struct LossScale {
     pub per_token: f64,
     /// On the load-balancing losses: one over the micro-batches of the step.
     pub aux: f64,
+}
+
+/// A micro-batch of a step.
+#[derive(Debug, Clone)]
+pub struct MicroBatch {
+    /// What the model takes and should predict.
+    pub inputs: LabelledInputs,
+    /// Factors on its losses.
+    pub scale: LossScale,
 }
 
 /// Runs a micro-batch forward and backward and adds to `gradients`.
@@ -235,10 +193,23 @@ pub fn forward_backward(
     activations: Activations,
     gradients: &mut Gradients,
 ) -> Result<MicroBatchLoss> {
-    match activations {
-        Activations::Kept => whole(model, batch, scale, gradients),
-        Activations::Recomputed => layer_by_layer(&mut Whole { model, gradients }, model, batch, scale),
-    }
+    let stage = Stage::whole(model, activations);
+    forward_backward_from(&mut Whole::new(model, gradients), stage, batch, scale)
+}
+
+/// As [`forward_backward`], with the parameters of a store, which takes the gradients.
+///
+/// # Errors
+/// As [`forward_backward`].
+pub fn forward_backward_from(
+    store: &mut dyn ParameterStore,
+    whole: Stage<'_>,
+    batch: &LabelledInputs,
+    scale: LossScale,
+) -> Result<MicroBatchLoss> {
+    let forward = whole.forward(store, batch, None)?;
+    let (measured, _) = forward.backward(store, batch, None, scale)?;
+    Ok(measured)
 }
 
 /// The summed cross entropy of a batch, without gradients.
@@ -246,7 +217,7 @@ pub fn forward_backward(
 /// # Errors
 /// Inputs that the model refuses.
 pub fn evaluate(model: &Mistral4, batch: &LabelledInputs) -> Result<f64> {
-    evaluate_from(&mut Whole { model, gradients: &mut Gradients::default() }, model, batch)
+    evaluate_from(&mut Whole::new(model, &mut Gradients::default()), model, batch)
 }
 
 /// As [`evaluate`], with the parameters of a store; of `model`, only its shape counts.
@@ -258,102 +229,9 @@ pub fn evaluate_from(
     model: &Mistral4,
     batch: &LabelledInputs,
 ) -> Result<f64> {
-    let order = Order { layers: model.text().model.layers.len() };
-    let mut x = store.front(Some(order.after(Unit::Front))).embed(&batch.inputs)?;
-    let context = model.text().model.context(&batch.inputs, None)?;
-    for index in 0..order.layers {
-        x = store.layer(index, Some(order.after(Unit::Layer(index)))).forward(x, &context, None).0;
-    }
-    let labels = batch.labels(&x.device());
-    let (norm, lm_head) = store.head(None);
-    let loss = lm_head.cross_entropy(norm.forward(x), labels);
-    Ok(f64::from(loss.into_scalar::<f32>()))
-}
-
-/// One graph over the whole model.
-fn whole(
-    model: &Mistral4,
-    batch: &LabelledInputs,
-    scale: LossScale,
-    gradients: &mut Gradients,
-) -> Result<MicroBatchLoss> {
-    let trained = model.train();
-    let text = trained.text();
-    let mut measured = MicroBatchLoss::default();
-    let mut x = trained.embed(&batch.inputs)?;
-    let context = text.model.context(&batch.inputs, None)?;
-    let mut total = None;
-    for (index, layer) in text.model.layers.iter().enumerate() {
-        let (y, routing) = layer.forward(x, &context, None);
-        x = y;
-        if let Some(routing) = routing {
-            measured.loads.push((index, routing.load));
-            if let Some(aux) = routing.aux_loss {
-                measured.aux_loss += f64::from(aux.clone().inner().into_scalar::<f32>());
-                total = add(total, aux * scale.aux);
-            }
-        }
-    }
-    let labels = batch.labels(&x.device().without_autodiff());
-    let loss = text.lm_head.cross_entropy(text.model.norm.forward(x), labels);
-    measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
-    let total = add(total, loss * scale.per_token).expect("the cross entropy was just added");
-    if total.is_tracked() {
-        let mut from = total.backward();
-        trained.take_gradients(&mut from, |key, gradient| gradients.add(key, gradient));
-    }
-    Ok(measured)
-}
-
-fn add(total: Option<Tensor<1>>, part: Tensor<1>) -> Option<Tensor<1>> {
-    Some(match total {
-        Some(total) => total + part,
-        None => part,
-    })
-}
-
-/// The order in which a pass needs the units.
-struct Order {
-    layers: usize,
-}
-
-impl Order {
-    /// The unit after one, in the forward pass.
-    fn after(&self, unit: Unit) -> Unit {
-        match unit {
-            Unit::Layer(index) if index + 1 < self.layers => Unit::Layer(index + 1),
-            Unit::Front if self.layers > 0 => Unit::Layer(0),
-            _ => Unit::Head,
-        }
-    }
-
-    /// The unit before one, which the backward pass needs next.
-    fn before(&self, unit: Unit) -> Unit {
-        match unit {
-            Unit::Head if self.layers > 0 => Unit::Layer(self.layers - 1),
-            Unit::Layer(index) if index > 0 => Unit::Layer(index - 1),
-            _ => Unit::Front,
-        }
-    }
-}
-
-/// Forward without a graph, keeping each layer's input; then each layer again, alone, from last to first.
-///
-/// The parameters are those of the store; of `model`, only its shape counts.
-///
-/// # Errors
-/// Inputs that the model refuses.
-pub fn layer_by_layer(
-    store: &mut dyn ParameterStore,
-    model: &Mistral4,
-    batch: &LabelledInputs,
-    scale: LossScale,
-) -> Result<MicroBatchLoss> {
-    let mut pass = LayerPass::forward(store, model, batch, scale)?;
-    pass.head(store);
-    while pass.layer(store) {}
-    pass.front(store)?;
-    Ok(pass.measured)
+    let stage = Stage::whole(model, Activations::Recomputed);
+    let output = stage.output(store, batch, None)?;
+    Ok(stage.loss_sum(store, batch, output))
 }
 
 /// Runs a micro-batch forward and backward and moves the parameters of each part of the model as soon as its gradient
@@ -372,138 +250,22 @@ pub fn update_in_backward(
     mut update: impl FnMut(Mistral4, &mut Gradients) -> Mistral4,
 ) -> Result<(Mistral4, MicroBatchLoss, f64)> {
     let mut gradients = Gradients::default();
-    let mut pass =
-        LayerPass::forward(&mut Whole { model: &model, gradients: &mut gradients }, &model, batch, scale)?;
+    let whole = Stage::whole(&model, Activations::Recomputed);
+    let mut pass = whole.forward(&mut Whole::new(&model, &mut gradients), batch, None)?;
     let mut squares = 0.0;
     let mut take = |model: Mistral4, gradients: &mut Gradients| {
         squares += gradients.norm().powi(2);
         if f64::is_finite(squares) { update(model, gradients) } else { model }
     };
-    pass.head(&mut Whole { model: &model, gradients: &mut gradients });
+    pass.head(&mut Whole::new(&model, &mut gradients), batch, scale);
     if !pass.measured.loss_sum.is_finite() {
         return Ok((model, pass.measured, f64::NAN));
     }
     model = take(model, &mut gradients);
-    while pass.layer(&mut Whole { model: &model, gradients: &mut gradients }) {
+    while pass.layer(&mut Whole::new(&model, &mut gradients), scale) {
         model = take(model, &mut gradients);
     }
-    pass.front(&mut Whole { model: &model, gradients: &mut gradients })?;
+    pass.front(&mut Whole::new(&model, &mut gradients), batch)?;
     model = take(model, &mut gradients);
     Ok((model, pass.measured, squares.sqrt()))
-}
-
-/// A micro-batch on its way back through the model, a layer at a time.
-struct LayerPass<'a> {
-    batch: &'a LabelledInputs,
-    scale: LossScale,
-    measured: MicroBatchLoss,
-    context: LayerContext,
-    order: Order,
-    prefix: &'static str,
-    /// Inputs of the layers that are still to come, first layer first.
-    inputs: Vec<Tensor<2>>,
-    /// Before the head: its input; then the gradient of the output of the layer that is next.
-    x: Tensor<2>,
-}
-
-impl<'a> LayerPass<'a> {
-    fn forward(
-        store: &mut dyn ParameterStore,
-        model: &Mistral4,
-        batch: &'a LabelledInputs,
-        scale: LossScale,
-    ) -> Result<Self> {
-        let order = Order { layers: model.text().model.layers.len() };
-        let mut measured = MicroBatchLoss::default();
-        let mut x = store.front(Some(order.after(Unit::Front))).embed(&batch.inputs)?;
-        let context = model.text().model.context(&batch.inputs, None)?;
-        let mut inputs = Vec::with_capacity(order.layers);
-        for index in 0..order.layers {
-            inputs.push(x.clone());
-            let layer = store.layer(index, Some(order.after(Unit::Layer(index))));
-            let (y, routing) = layer.forward(x, &context, None);
-            x = y;
-            if let Some(routing) = routing {
-                measured.loads.push((index, routing.load));
-                measured.aux_loss += routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
-            }
-        }
-        Ok(Self { batch, scale, measured, context, order, prefix: model.text_prefix(), inputs, x })
-    }
-
-    /// What follows a unit on the way back; the front not at all where none of it is trained.
-    fn next(&self, store: &dyn ParameterStore, unit: Unit) -> Option<Unit> {
-        let before = self.order.before(unit);
-        (before != Unit::Front || store.trains(Unit::Front)).then_some(before)
-    }
-
-    /// The loss, and the gradients of the output projection and of the final norm.
-    fn head(&mut self, store: &mut dyn ParameterStore) {
-        let next = self.next(store, Unit::Head);
-        let (norm, lm_head) = store.head(next);
-        let (norm, lm_head) = (norm.train(), lm_head.train());
-        let labels = self.batch.labels(&self.x.device());
-        let leaf = self.x.clone().autodiff().require_grad();
-        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels);
-        self.measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
-        let mut from = (loss * self.scale.per_token).backward();
-        let mut gradients = collect(&norm, &format!("{}model.norm.", self.prefix), &mut from);
-        gradients.extend(collect(&lm_head, &format!("{}lm_head.", self.prefix), &mut from));
-        store.add(Unit::Head, gradients);
-        self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
-    }
-
-    /// The gradients of the last layer that is left; false when there is none.
-    fn layer(&mut self, store: &mut dyn ParameterStore) -> bool {
-        let Some(input) = self.inputs.pop() else { return false };
-        let index = self.inputs.len();
-        let unit = Unit::Layer(index);
-        let next = self.next(store, unit);
-        let layer = store.layer(index, next).train();
-        let leaf = input.autodiff().require_grad();
-        let total = seeded(&layer, leaf.clone(), &self.context, self.x.clone(), self.scale.aux);
-        let mut from = total.backward();
-        store.add(unit, collect(&layer, &format!("{}model.layers.{index}.", self.prefix), &mut from));
-        self.x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
-        true
-    }
-
-    /// The gradients of the embeddings, and of the vision tower and the projector.
-    fn front(&self, store: &mut dyn ParameterStore) -> Result<()> {
-        if !store.trains(Unit::Front) {
-            return Ok(());
-        }
-        let trained = store.front(None).train();
-        let embeds = trained.embed(&self.batch.inputs)?;
-        let mut gradients = Vec::new();
-        if embeds.is_tracked() {
-            let mut from = (embeds * self.x.clone().autodiff()).sum().backward();
-            trained.take_gradients(&mut from, |key, gradient| gradients.push((key, gradient)));
-        }
-        store.add(Unit::Front, gradients);
-        Ok(())
-    }
-}
-
-/// Takes the gradients of a module's parameters out of a backward pass.
-fn collect<M: Module>(module: &M, prefix: &str, from: &mut BurnGradients) -> Vec<(String, Tensor<1>)> {
-    let mut gradients = Vec::new();
-    take_gradients(module, from, |key, gradient| gradients.push((format!("{prefix}{key}"), gradient)));
-    gradients
-}
-
-/// A scalar whose gradient is that of the layer's output times `dy`, plus the layer's own losses.
-fn seeded(
-    layer: &DecoderLayer,
-    x: Tensor<2>,
-    context: &LayerContext,
-    dy: Tensor<2>,
-    aux_scale: f64,
-) -> Tensor<1> {
-    let (y, routing) = layer.forward(x, context, None);
-    let total = (y * dy.autodiff()).sum();
-    match routing.and_then(|routing| routing.aux_loss) {
-        Some(aux) => total + aux * aux_scale,
-        None => total,
-    }
 }

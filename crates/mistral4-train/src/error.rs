@@ -284,6 +284,18 @@ pub enum Error {
         /// What contradicts it, with the arithmetic.
         message: String,
     },
+    /// The ranks of a pipeline read different batches.
+    #[error(
+        "rank {from} of the pipeline sent {got}, and {expected} were due: the ranks' data or recipes differ"
+    )]
+    Pipeline {
+        /// The sender.
+        from: usize,
+        /// What it sent.
+        got: String,
+        /// What this rank's own batch calls for.
+        expected: String,
+    },
     /// A row of a data file is malformed.
     #[error("{}:{line}: field `{field}`: {message}", path.display())]
     Row {

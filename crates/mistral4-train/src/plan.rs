@@ -1,14 +1,16 @@
 //! What a run would take, from its recipe and the model's configuration alone.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
 use mistral4_checkpoint::config::{ConfigOptions, preset_names};
+use mistral4_checkpoint::weights::DType;
 use mistral4_checkpoint::weights::names::{TensorKind, TensorSpec, tensors};
 
 use crate::error::{Error, Result};
 use crate::parallel::MeshShape;
-use crate::parallel::sharding::part_of;
+use crate::parallel::holdings::Division;
 use crate::recipe::{ModelSource, Recipe, Strategy};
 use crate::setup::{Base, frozen};
 
@@ -80,9 +82,10 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { mesh, local_batch_size, grad_acc_steps, .. } = self;
-        let keeps = match self.strategy {
-            Strategy::FullyShard if mesh.dp_shard > 1 => "its part of every parameter",
-            _ => "all parameters",
+        let keeps = match (self.strategy, mesh.pp * mesh.tp * mesh.ep) {
+            (Strategy::FullyShard, _) if mesh.dp_shard > 1 => "its part of every parameter",
+            (_, 1) => "all parameters",
+            _ => "its layers, heads, columns and experts",
         };
         writeln!(f, "mesh: {mesh}; a rank keeps {keeps}")?;
         writeln!(
@@ -115,40 +118,38 @@ fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
     let Base { config, dtype, .. } = Base::open(&recipe.model, &ConfigOptions::default())?;
     let specs = tensors(&config.config);
     let is_frozen = frozen(recipe.freeze_config);
-    let shards = match recipe.distributed.strategy {
-        Strategy::FullyShard => mesh.dp_shard,
-        Strategy::Replicate => 1,
-    };
+    let is_sharded = recipe.distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
+    let division = Division::new(*mesh, is_sharded, &config.config, recipe.distributed.pipeline)?;
+    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &specs, dtype, &is_frozen));
+    Ok(ranks.max_by_key(RankMemory::total))
+}
+
+fn rank_memory(
+    division: &Division,
+    rank: usize,
+    specs: &[TensorSpec],
+    dtype: DType,
+    is_frozen: &impl Fn(&str) -> bool,
+) -> RankMemory {
     let width = dtype.stored().size() as u64;
-    let elements = |spec: &TensorSpec| spec.shape.iter().product::<usize>();
     let mut memory = RankMemory::default();
-    for spec in &specs {
-        let is_bias = spec.kind == TensorKind::GateBias;
-        // The last rank has the most where blocks do not divide.
-        let kept = if is_bias { elements(spec) } else { part_of(elements(spec), shards - 1, shards).len() };
-        let kept = kept as u64;
+    let mut layers: HashMap<&str, u64> = HashMap::new();
+    for spec in specs {
+        let Some(held) = division.held(&spec.key, &spec.shape, rank) else { continue };
+        let kept = held.range.len() as u64;
         memory.weights += kept * width;
-        if !is_bias && !is_frozen(&spec.key) {
+        if spec.kind != TensorKind::GateBias && !is_frozen(&spec.key) {
             memory.gradients += kept * 4;
             memory.optimizer += kept * if width < 4 { 12 } else { 8 };
         }
-    }
-    if shards > 1 {
         // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
-        let layer = |spec: &&TensorSpec| {
-            let rest = spec.key.split_once("model.layers.")?.1;
-            rest.split('.').next()?.parse::<usize>().ok()
-        };
-        let layers = config.config.text.num_hidden_layers;
-        let mut units = vec![0u64; layers];
-        for spec in &specs {
-            if let Some(index) = layer(&spec) {
-                units[index] += elements(spec) as u64 * width;
-            }
+        let layer = spec.key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());
+        if let Some(layer) = layer.filter(|_| division.is_sharded) {
+            *layers.entry(layer).or_default() += held.part.elements() as u64 * width;
         }
-        memory.gathered = 2 * units.into_iter().max().unwrap_or(0);
     }
-    Ok(Some(memory))
+    memory.gathered = 2 * layers.into_values().max().unwrap_or(0);
+    memory
 }
 
 #[cfg(test)]

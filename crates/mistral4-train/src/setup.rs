@@ -1,6 +1,6 @@
 //! From a recipe to the model, tokenizer and data it names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,8 +20,8 @@ use serde_json::Value;
 use crate::checkpoint::Saved;
 use crate::data::{DataContext, learn_tokenizer};
 use crate::error::{Error, Result};
-use crate::parallel::sharding::PartSource;
-use crate::parallel::{Communicator, Mesh};
+use crate::parallel::holdings::HeldSource;
+use crate::parallel::{Communicator, Holdings, Mesh, ModelLayout};
 use crate::recipe::{
     FreezeConfig, ModelConfig, ModelSource, PeftConfig, Recipe, SoftmaxScaleOverride, TokenizerSource,
     TorchDtype,
@@ -31,8 +31,10 @@ use crate::recipe::{
 pub struct Setup {
     /// The model, frozen parts marked.
     pub model: Mistral4,
-    /// Whole shapes of its parameters, where it holds but this rank's parts of them.
-    pub whole_shapes: Option<HashMap<String, Vec<usize>>>,
+    /// Whom this rank computes with.
+    pub layout: ModelLayout,
+    /// Which values of each parameter every rank keeps.
+    pub holdings: Holdings,
     /// Its configuration.
     pub config: ConfigFile,
     /// Storage type of its weights.
@@ -85,15 +87,14 @@ impl Setup {
             _ => checkpoint,
         };
         let dropout = DropoutSeed::default();
+        let layout = ModelLayout::new(mesh, &config.config, recipe.distributed.pipeline)?;
         let build = |source: &dyn ParameterSource| {
-            if !mesh.is_sharded() {
-                return Ok::<_, Error>((Mistral4::new(&config.config, moe.clone(), source, device)?, None));
-            }
-            let source = PartSource::new(source, &mesh.shard);
+            let source = HeldSource::new(source, &layout.division, mesh.world.rank());
             let model = Mistral4::new(&config.config, moe.clone(), &source, device)?;
-            Ok((model, Some(source.into_shapes())))
+            let holdings = source.into_holdings(&model);
+            Ok::<_, Error>((model, holdings))
         };
-        let (model, whole_shapes, adapter) = {
+        let (mut model, holdings, adapter) = {
             let source: Box<dyn ParameterSource> = match &checkpoint {
                 Some(checkpoint) => {
                     checkpoint.check(&checkpoint.tensors())?;
@@ -103,8 +104,8 @@ impl Setup {
             };
             match &recipe.peft {
                 None => {
-                    let (model, shapes) = build(source.as_ref())?;
-                    (model.freeze(frozen(recipe.freeze_config)), shapes, None)
+                    let (model, holdings) = build(source.as_ref())?;
+                    (model.freeze(frozen(recipe.freeze_config)), holdings, None)
                 }
                 Some(peft) => {
                     let quantized = match (&checkpoint, recipe.quantization) {
@@ -118,11 +119,12 @@ impl Setup {
                     let adapter = adapters(recipe, peft, (&config.config, dtype), source, saved)?;
                     let adapted = AdaptedSource::new(source, &adapter);
                     let adapted = adapted.with_dropout(peft.dropout, peft.dropout_position, dropout.clone());
-                    let (model, shapes) = build(&adapted)?;
-                    (model.freeze_base(), shapes, Some(adapter))
+                    let (model, holdings) = build(&adapted)?;
+                    (model.freeze_base(), holdings, Some(adapter))
                 }
             }
         };
+        model.set_groups(&layout.groups);
         let (processor, carry_from) = processor(recipe, &config, folder, saved, &mesh.world)?;
         if let Some(processor) = &processor {
             let (tokens, rows) = (processor.tokenizer().vocab_size(), config.config.text.vocab_size);
@@ -136,7 +138,7 @@ impl Setup {
                 });
             }
         }
-        Ok(Self { model, whole_shapes, config, dtype, processor, carry_from, adapter, dropout })
+        Ok(Self { model, layout, holdings, config, dtype, processor, carry_from, adapter, dropout })
     }
 
     /// What data sets need to know.

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
+use mistral4::weights::is_adapter;
 
 use crate::backward::{Activations, Gradients};
 use crate::checkpoint::{Completed, Disk, Losses, ModelFiles, Saver, Snapshot};
-use crate::data::{Batch, Loader, StepBatches};
+use crate::data::{Loader, StepBatches};
 use crate::early_stop::EarlyStop;
 use crate::error::Result;
 use crate::guard::{Guard, StepOutcome, Verdict};
@@ -28,7 +29,7 @@ use crate::setup::Setup;
 use measure::{HeldModel, count, subtitle, validate};
 use ranks::StepCounts;
 use record::{Recorder, Utilization, load_metrics, note_failure};
-use step::update_on_the_way;
+use step::{OwnBatches, update_on_the_way};
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -179,13 +180,14 @@ fn train(
     let device = &host.device.clone();
     let mut t = Training::start(host, recipe, observe)?;
     let total_steps = t.scheduler.total_steps();
-    observe(Event::Started { total_steps, parameters: count(&t.setup.model, t.sharding.as_ref()) });
+    let parameters = count(&t.setup.model, &t.setup.holdings, &t.mesh.world);
+    observe(Event::Started { total_steps, parameters });
     let (mut is_interrupted, mut ends_early) = (false, t.early_stop.verdict());
     while !t.scheduler.is_finished() && !is_interrupted && ends_early.is_none() {
         let started = Instant::now();
         let at = t.scheduler.state();
         let waited = t.mesh.world.waited();
-        let (mut next, silent) = t.next_step()?;
+        let mut next = t.next_step()?;
         let ends_epoch = next.ends_epoch;
         let counts = StepCounts::of(&next.batches).together(&t.mesh);
 
@@ -201,7 +203,7 @@ fn train(
             t.setup.model = model;
             (measured, Some(norm))
         } else {
-            (t.accumulate((next.batches, silent), counts, &mut gradients, device)?, None)
+            (t.accumulate(next, counts, &mut gradients, device)?, None)
         };
         t.setup.dropout.end();
         let mut gradients = gradients.parts;
@@ -269,46 +271,35 @@ fn train(
 }
 
 impl Training {
-    /// This rank's micro-batches of the next step. Where layers are gathered together, a rank that has one less than
-    /// others, in a short step at the end of an epoch, also gets one to run along with in silence.
-    fn next_step(&mut self) -> Result<(StepBatches, Option<Batch>)> {
+    /// This rank's micro-batches of the next step. Where ranks share parameters or experts, and so pass over the model
+    /// together, one that has a micro-batch less than others, in a short step at the end of an epoch, also gets one to
+    /// run along with in silence.
+    fn next_step(&mut self) -> Result<OwnBatches> {
         let (rank, ranks) = (self.mesh.data.rank(), self.mesh.data.size());
-        let mut next = self.loader.next_step(self.scheduler.grad_acc_steps() * ranks)?;
-        let has_less = next.batches.len() % ranks != 0 && rank >= next.batches.len() % ranks;
-        let silent = next.batches.last().filter(|_| has_less && self.sharding.is_some()).cloned();
+        let StepBatches { mut batches, ends_epoch } =
+            self.loader.next_step(self.scheduler.grad_acc_steps() * ranks)?;
+        let has_less = batches.len() % ranks != 0 && rank >= batches.len() % ranks;
+        let runs_along = self.sharding.is_some() || self.mesh.shape.ep > 1;
+        let silent = batches.last().filter(|_| has_less && runs_along).cloned();
         let mut index = 0..;
-        next.batches.retain(|_| index.next().is_some_and(|index: usize| index % ranks == rank));
-        Ok((next, silent))
+        batches.retain(|_| index.next().is_some_and(|index: usize| index % ranks == rank));
+        Ok(OwnBatches { batches, silent, ends_epoch })
     }
 
-    /// Sums gradients over ranks: those of spread parameters, of which this rank has its part, over replicas; those of
-    /// whole ones over all ranks with data of their own.
+    /// Sums gradients over ranks with other data: those of the model's parameters over the ranks that keep the same
+    /// values; those of adapters, which are whole everywhere, over all.
     fn reduce(&self, gradients: &mut Gradients, device: &Device) {
-        let is_spread = |key: &str| self.sharding.as_ref().is_some_and(|s| s.shape(key).is_some());
-        let (spread, whole): (Vec<_>, Vec<_>) =
-            self.trained.iter().cloned().partition(|(key, _)| is_spread(key));
-        reduce::all_reduce(gradients, &spread, &self.mesh.replicate, device);
-        reduce::all_reduce(gradients, &whole, &self.mesh.data, device);
+        let (adapters, base): (Vec<_>, Vec<_>) =
+            self.trained.iter().cloned().partition(|(key, _)| is_adapter(key));
+        reduce::over_replicas(gradients, &base, &self.setup.layout.replicas, device);
+        reduce::all_reduce(gradients, &adapters, &self.mesh.data, device);
     }
 
     /// L2 norm of the gradient over all of its parts.
     fn norm(&self, gradients: &mut Gradients) -> f64 {
-        let Some(sharding) = &self.sharding else { return gradients.norm() };
-        let whole: Vec<String> = gradients
-            .iter()
-            .map(|(key, _)| key.to_owned())
-            .filter(|key| sharding.shape(key).is_none())
-            .collect();
-        let mut apart = Gradients::default();
-        for key in whole {
-            let gradient = gradients.remove(&key).expect("the key is one of the gradients");
-            apart.add(key, gradient);
-        }
-        let mut square = [gradients.norm().powi(2)];
-        sharding.group().all_reduce_sum(&mut square);
-        let norm = (square[0] + apart.norm().powi(2)).sqrt();
-        gradients.extend(apart);
-        norm
+        let mut square = [gradients.square(|key| 1.0 / self.setup.holdings.copies(key) as f64)];
+        self.mesh.world.all_reduce_sum(&mut square);
+        square[0].sqrt()
     }
 
     /// Measures every held-out set; returns names and losses.
@@ -321,8 +312,12 @@ impl Training {
     ) -> Result<Vec<(String, f64)>> {
         let mut losses = Vec::with_capacity(self.held_out.len());
         for set in &mut self.held_out {
-            let held =
-                HeldModel { model: &self.setup.model, sharding: self.sharding.as_ref(), mesh: &self.mesh };
+            let held = HeldModel {
+                model: &self.setup.model,
+                layout: &self.setup.layout,
+                sharding: self.sharding.as_ref(),
+                mesh: &self.mesh,
+            };
             let metrics = validate(held, set, at, lr, device)?;
             if let Some(recorder) = &mut self.recorder {
                 recorder.validation(&set.name, &metrics)?;
@@ -400,14 +395,14 @@ impl Training {
         let picture = folder.join("loss.svg");
         let validations: Vec<(String, Vec<ValidationMetrics>)> =
             self.held_out.into_iter().map(|set| (set.name, set.validations)).collect();
+        let parameters = count(&self.setup.model, &self.setup.holdings, &self.mesh.world);
         if self.mesh.world.is_first() {
             let title = folder.file_name().map_or_else(|| "training".into(), |name| name.to_string_lossy());
             let finite: Vec<StepMetrics> =
                 self.steps.iter().filter(|step| step.loss.is_finite()).cloned().collect();
-            let (_, parameters) = count(&self.setup.model, self.sharding.as_ref());
             RunPlot {
                 title: &title,
-                subtitle: &subtitle(&self.steps, parameters),
+                subtitle: &subtitle(&self.steps, parameters.1),
                 steps: &finite,
                 validations: &validations,
                 load: None,

@@ -2,8 +2,8 @@
 
 use mistral4_train::Error;
 use mistral4_train::recipe::{
-    DatasetConfig, Effect, LrDecayStyle, ModelSource, Override, Recipe, RecipeKind, SoftmaxScaleOverride,
-    TorchDtype, parse_overrides,
+    DatasetConfig, Effect, LrDecayStyle, ModelSource, Override, PipelineConfig, Recipe, RecipeKind,
+    SoftmaxScaleOverride, TorchDtype, parse_overrides,
 };
 use mistral4_train::schedule::{LrSchedule, StepScheduler};
 use proptest::prelude::*;
@@ -63,12 +63,13 @@ fn nemo_medpix_parses_unchanged_and_says_what_cannot_run() {
     assert_eq!((recipe.lr_scheduler.as_ref(), recipe.max_grad_norm), (None, None));
     assert_eq!(recipe.validation.len(), 1);
     let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(
-        keys,
-        ["dataset._target_", "validation_dataset._target_", "distributed.pp_size", "distributed.ep_size"]
-    );
-    let message = recipe.check_runnable().unwrap_err().to_string();
-    assert!(message.contains("r.yaml:56: `distributed.pp_size: 4`"), "{message}");
+    assert_eq!(keys, ["dataset._target_", "validation_dataset._target_"]);
+    assert!(recipe.check_runnable().is_err());
+    assert_eq!((recipe.distributed.pp_size, recipe.distributed.ep_size), (4, 8));
+    let pipeline = PipelineConfig { interleaved: true, layers_per_stage: Some(4) };
+    assert_eq!(recipe.distributed.pipeline, pipeline);
+    // 36 layers in runs of 4 are 9 stages, which are rounded down to 2 a rank.
+    assert_eq!((pipeline.chunks(36, 4), PipelineConfig::default().chunks(36, 4)), (2, 1));
 }
 
 #[test]
@@ -85,7 +86,7 @@ fn nemo_lora_parses_unchanged() {
         ModelSource::FromConfig("mistralai/Mistral-Small-4-119B-2603".to_owned())
     );
     let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(keys, ["distributed.ep_size"]);
+    assert_eq!(keys, ["distributed.ep_size"], "adapters are not spread with the experts");
 }
 
 #[test]

@@ -1,12 +1,9 @@
-//! Saving on many ranks: the first one writes, the others give it their parts, and all of them learn how it went.
+//! Saving on many ranks: the first one writes, the others give it what they keep, and all of them learn how it went.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
 
 use crate::error::{Error, Result};
-use crate::parallel::{Communicator, Mesh, Sharding};
+use crate::parallel::{Communicator, Holdings, Mesh};
 
 /// A request that ends the giving of parts.
 const END: u64 = u64::MAX;
@@ -15,29 +12,44 @@ const END: u64 = u64::MAX;
 #[derive(Clone)]
 pub(crate) struct Ranks {
     world: Communicator,
-    /// `None` where every rank has the whole model.
-    parts: Option<Parts>,
+    /// Who keeps what; `None` where the first rank has the whole model.
+    holdings: Option<Holdings>,
 }
 
-/// Ranks that hold a model together.
-#[derive(Clone)]
-struct Parts {
-    group: Communicator,
-    /// Whole shapes of what is spread.
-    shapes: Arc<HashMap<String, Vec<usize>>>,
-    /// Whether this rank's replica is the one that is saved.
-    gives: bool,
+/// A state of the optimizer.
+#[derive(Debug, Clone)]
+pub(super) struct StateLabel {
+    /// Its name, such as `exp_avg`.
+    pub(super) name: String,
+    /// Its parameter.
+    pub(super) key: String,
+    pub(super) dtype: DType,
+    /// Values that this rank keeps.
+    pub(super) count: usize,
+}
+
+impl StateLabel {
+    const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::U8];
+
+    fn to_line(&self) -> String {
+        let dtype = Self::DTYPES.iter().position(|dtype| *dtype == self.dtype).expect("a dtype of states");
+        format!("{}\t{}\t{dtype}\t{}", self.name, self.key, self.count)
+    }
+
+    fn from_line(line: &str) -> Self {
+        let mut fields = line.split('\t');
+        let mut next = || fields.next().expect("a line has four fields");
+        let (name, key) = (next().to_owned(), next().to_owned());
+        let number = |field: &str| field.parse::<usize>().expect("a number was written");
+        Self { name, key, dtype: Self::DTYPES[number(next())], count: number(next()) }
+    }
 }
 
 impl Ranks {
     /// The ranks of a mesh; collective.
-    pub(crate) fn new(mesh: &Mesh, sharding: Option<&Sharding>) -> Self {
-        let parts = sharding.map(|sharding| Parts {
-            group: sharding.group().duplicate(),
-            shapes: sharding.shapes(),
-            gives: mesh.place.dp_replicate == 0,
-        });
-        Self { world: mesh.world.duplicate(), parts }
+    pub(crate) fn new(mesh: &Mesh, holdings: &Holdings) -> Self {
+        let holdings = (!holdings.first_has_all()).then(|| holdings.clone());
+        Self { world: mesh.world.duplicate(), holdings }
     }
 
     /// Whether this rank writes.
@@ -45,10 +57,27 @@ impl Ranks {
         self.world.is_first()
     }
 
-    /// The whole shape of a parameter, of which this rank holds `shape`.
-    pub(crate) fn shape(&self, key: &str, shape: &[usize]) -> Vec<usize> {
-        let whole = self.parts.as_ref().and_then(|parts| parts.shapes.get(key));
-        whole.map_or(shape, Vec::as_slice).to_vec()
+    /// The whole shape of a parameter, of which this rank may keep `shape`.
+    pub(super) fn shape<'a>(&'a self, key: &str, shape: Option<&'a [usize]>) -> &'a [usize] {
+        match (&self.holdings, shape) {
+            (Some(holdings), _) => holdings.shape(key),
+            (None, Some(shape)) => shape,
+            (None, None) => panic!("{key} is missing from the model"),
+        }
+    }
+
+    /// States that any rank has, in the order of names and keys; collective.
+    pub(super) fn all_states(&self, mut states: Vec<StateLabel>) -> Vec<StateLabel> {
+        if self.holdings.is_some() {
+            let lines: Vec<String> = states.iter().map(StateLabel::to_line).collect();
+            let all = self.world.all_gather_varied(lines.join("\n").as_bytes()).into_iter();
+            let texts: Vec<String> =
+                all.map(|text| String::from_utf8(text).expect("keys are text")).collect();
+            states = texts.iter().flat_map(|text| text.lines()).map(StateLabel::from_line).collect();
+        }
+        states.sort_unstable_by(|a, b| (&a.name, &a.key).cmp(&(&b.name, &b.key)));
+        states.dedup_by(|a, b| (&a.name, &a.key) == (&b.name, &b.key));
+        states
     }
 
     /// Fails on every rank when it failed on one.
@@ -65,21 +94,21 @@ impl Ranks {
         }
     }
 
-    /// Lets the first rank write, which finds whole tensors with [`Source::whole`], while the others give it their parts
-    /// of the tensors that `local` tells by number.
+    /// Lets the first rank write, which finds whole tensors with [`Source::whole`], while the others give it what they
+    /// keep, which `local` tells.
     pub(super) fn write<T>(
         &self,
-        local: &dyn Fn(usize) -> (String, TensorData),
+        local: &dyn Fn(&str, &str) -> Option<TensorData>,
         write: impl FnOnce(&Source<'_>) -> Result<T>,
     ) -> Result<Option<T>> {
-        let source = Source { parts: self.parts.as_ref(), local };
+        let source = Source { world: &self.world, holdings: self.holdings.as_ref(), local };
         if self.is_first() {
             let written = write(&source);
             source.end();
             return written.map(Some);
         }
-        if let Some(parts) = self.parts.as_ref().filter(|parts| parts.gives) {
-            source.give(&parts.group);
+        if let Some(holdings) = &self.holdings {
+            source.give(holdings);
         }
         Ok(None)
     }
@@ -87,44 +116,75 @@ impl Ranks {
 
 /// Where the first rank finds whole tensors.
 pub(super) struct Source<'a> {
-    parts: Option<&'a Parts>,
-    local: &'a dyn Fn(usize) -> (String, TensorData),
+    world: &'a Communicator,
+    holdings: Option<&'a Holdings>,
+    local: &'a dyn Fn(&str, &str) -> Option<TensorData>,
 }
 
 impl Source<'_> {
-    /// The bytes of the tensor `index`, whole.
-    pub(super) fn whole(&self, index: usize) -> Vec<u8> {
-        let (key, mine) = (self.local)(index);
-        let mut bytes = mine.as_bytes().to_vec();
-        let Some(parts) = self.parts.filter(|parts| parts.shapes.contains_key(&key)) else { return bytes };
-        parts.group.broadcast(&mut [index as u64], 0);
-        for rank in 1..parts.group.size() {
-            let mut length = [0u64];
-            parts.group.receive(&mut length, rank);
-            let start = bytes.len();
-            bytes.resize(start + length[0] as usize, 0);
-            parts.group.receive(&mut bytes[start..], rank);
+    /// The bytes of the tensor `name` of a parameter, whole: its values, or a state of the optimizer.
+    pub(super) fn whole(&self, name: &str, key: &str) -> Vec<u8> {
+        let mine = (self.local)(name, key);
+        let Some(holdings) = self.holdings else {
+            let mine = mine.unwrap_or_else(|| panic!("{key} is missing from the model"));
+            return mine.as_bytes().to_vec();
+        };
+        let mut request = format!("{name}\n{key}").into_bytes();
+        self.world.broadcast(&mut [request.len() as u64], 0);
+        self.world.broadcast(&mut request, 0);
+        let elements: usize = holdings.shape(key).iter().product();
+        let mut whole = Vec::new();
+        for (rank, held) in holdings.keepers(key) {
+            let part = match (rank, &mine) {
+                (0, Some(mine)) => mine.as_bytes().to_vec(),
+                _ => {
+                    let mut length = [0u64];
+                    self.world.receive(&mut length, rank);
+                    let mut part = vec![0; length[0] as usize];
+                    self.world.receive(&mut part, rank);
+                    part
+                }
+            };
+            // Parts without values say nothing about the width of one.
+            if held.range.is_empty() {
+                continue;
+            }
+            let width = part.len() / held.range.len();
+            whole.resize(elements * width, 0);
+            let mut rest = &part[..];
+            for run in held.runs() {
+                let (values, after) = rest.split_at(run.len() * width);
+                whole[run.start * width..run.end * width].copy_from_slice(values);
+                rest = after;
+            }
         }
-        bytes
+        whole
     }
 
     fn end(&self) {
-        if let Some(parts) = self.parts {
-            parts.group.broadcast(&mut [END], 0);
+        if self.holdings.is_some() {
+            self.world.broadcast(&mut [END], 0);
         }
     }
 
-    /// Gives this rank's parts of what the first rank asks for, until it has enough.
-    fn give(&self, group: &Communicator) {
+    /// Gives the first rank what this one keeps of the tensors it asks for, until it has enough.
+    fn give(&self, holdings: &Holdings) {
         loop {
-            let mut request = [0u64];
-            group.broadcast(&mut request, 0);
-            if request[0] == END {
+            let mut length = [0u64];
+            self.world.broadcast(&mut length, 0);
+            if length[0] == END {
                 return;
             }
-            let (_, part) = (self.local)(request[0] as usize);
-            group.send(&[part.as_bytes().len() as u64], 0);
-            group.send(part.as_bytes(), 0);
+            let mut request = vec![0u8; length[0] as usize];
+            self.world.broadcast(&mut request, 0);
+            let request = String::from_utf8(request).expect("names are text");
+            let (name, key) = request.split_once('\n').expect("a request has two lines");
+            if holdings.keepers(key).iter().all(|(rank, _)| *rank != self.world.rank()) {
+                continue;
+            }
+            let part = (self.local)(name, key).expect("a keeper has what it keeps");
+            self.world.send(&[part.as_bytes().len() as u64], 0);
+            self.world.send(part.as_bytes(), 0);
         }
     }
 }

@@ -12,7 +12,6 @@
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
@@ -25,7 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, Operation};
-use super::ranks::{Ranks, Source};
+use super::ranks::{Ranks, Source, StateLabel};
 use super::tensors;
 use crate::data::LoaderState;
 use crate::early_stop::EarlyStopState;
@@ -33,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::guard::GuardState;
 use crate::metrics::number_or_null;
 use crate::optim::{OptimizerState, ParameterState, StateTensor};
+use crate::parallel::Holdings;
 use crate::schedule::StepState;
 
 const FORMAT_VERSION: u32 = 1;
@@ -44,6 +44,8 @@ const DATALOADER: &str = "dataloader/dataloader_dp_rank_0.json";
 const RNG: &str = "rng/rng_global_rank_0.json";
 const MODEL: &str = "model/consolidated";
 const ADAPTER: &str = "model";
+/// What the values of a parameter are asked for by, beside the names of states.
+const VALUES: &str = "";
 
 /// How the model's folder is written.
 #[derive(Debug, Clone)]
@@ -152,21 +154,29 @@ impl Snapshot {
     ///
     /// Every rank calls it. The first one writes; the others give it their parts.
     pub(super) fn write(&self, disk: &Disk, folder: &Path, ranks: &Ranks) -> Result<Vec<String>> {
-        let local = |index| self.local(index);
-        let written =
-            ranks.write(&local, |source| self.write_whole(disk, folder, &Whole { ranks, source }))?;
-        Ok(written.unwrap_or_default())
+        let label = |(key, name, values): &(String, &'static str, StateTensor)| StateLabel {
+            name: (*name).to_owned(),
+            key: key.clone(),
+            dtype: values.dtype(),
+            count: values.len(),
+        };
+        let states = ranks.all_states(self.states.iter().map(label).collect());
+        let parameters =
+            self.parameters.iter().map(|parameter| (parameter.key.as_str(), parameter)).collect();
+        let local = |name: &str, key: &str| self.local(&parameters, name, key);
+        let write = |source: &Source<'_>| {
+            self.write_whole(disk, folder, &Whole { parameters: &parameters, states: &states, ranks, source })
+        };
+        Ok(ranks.write(&local, write)?.unwrap_or_default())
     }
 
-    /// The key and this rank's values of a tensor: parameters are numbered first, states of the optimizer after them.
-    fn local(&self, index: usize) -> (String, TensorData) {
-        match self.parameters.get(index) {
-            Some(parameter) => (parameter.key.clone(), parameter.values.to_data()),
-            None => {
-                let (key, _, values) = &self.states[index - self.parameters.len()];
-                (key.clone(), values.to_data())
-            }
+    /// This rank's values of a tensor: those of a parameter, or a state of the optimizer by its name.
+    fn local(&self, parameters: &HashMap<&str, &NamedTensor>, name: &str, key: &str) -> Option<TensorData> {
+        if name == VALUES {
+            return parameters.get(key).map(|parameter| parameter.values.to_data());
         }
+        let state = self.states.iter().find(|(of, state, _)| of == key && *state == name);
+        state.map(|(.., values)| values.to_data())
     }
 
     fn write_whole(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<Vec<String>> {
@@ -207,8 +217,6 @@ impl Snapshot {
     }
 
     fn write_model(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<Vec<String>> {
-        let parameters: HashMap<&str, usize> =
-            self.parameters.iter().enumerate().map(|(index, p)| (p.key.as_str(), index)).collect();
         let options = SaveOptions {
             dtype: SaveDType::Float(self.model.dtype),
             form: ConfigForm::Hf,
@@ -217,29 +225,21 @@ impl Snapshot {
         };
         let report = weights::save(folder, &self.model.config, &options, |spec| {
             disk.ask(Operation::Write, folder)?;
-            let index = parameters.get(spec.key.as_str());
-            let index = *index.unwrap_or_else(|| panic!("{} is missing from the model", spec.key));
-            Ok::<_, Error>(whole.parameter(&self.parameters[index], index))
+            Ok::<_, Error>(whole.parameter(&spec.key))
         })?;
         Ok(report.warnings)
     }
 
     fn write_optimizer(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<()> {
-        let shapes: HashMap<&str, Vec<usize>> =
-            self.parameters.iter().map(|p| (p.key.as_str(), whole.ranks.shape(&p.key, &p.shape))).collect();
         let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
-        for (index, (key, name, values)) in self.states.iter().enumerate() {
-            // There is a largest magnitude for each block of values.
+        for StateLabel { name, key, dtype, count } in whole.states {
+            // There is a largest magnitude for each block of values; states in blocks are whole on the first rank.
             let is_flat = name.ends_with("_absmax");
-            files.entry(name).or_default().push(tensors::Named {
-                key,
-                shape: if is_flat { vec![values.len()] } else { shapes[key.as_str()].clone() },
-                dtype: values.dtype(),
-                index: self.parameters.len() + index,
-            });
+            let shape = if is_flat { vec![*count] } else { whole.shape(key).to_vec() };
+            files.entry(name).or_default().push(tensors::Named { key, shape, dtype: *dtype });
         }
         for (name, states) in &files {
-            tensors::write(disk, &state_file(folder, name), states, |index| whole.source.whole(index))?;
+            tensors::write(disk, &state_file(folder, name), states, |key| whole.source.whole(name, key))?;
         }
         disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer_step }))
     }
@@ -247,23 +247,32 @@ impl Snapshot {
 
 /// Whole tensors, from this rank and the others.
 struct Whole<'a> {
+    /// Those of this rank.
+    parameters: &'a HashMap<&'a str, &'a NamedTensor>,
+    /// States of the optimizer, on any rank.
+    states: &'a [StateLabel],
     ranks: &'a Ranks,
     source: &'a Source<'a>,
 }
 
 impl Whole<'_> {
-    fn parameter(&self, parameter: &NamedTensor, index: usize) -> HostTensor {
-        let shape = self.ranks.shape(&parameter.key, &parameter.shape);
-        if shape == parameter.shape {
-            return host_tensor(parameter.clone());
+    fn shape(&self, key: &str) -> &[usize] {
+        self.ranks.shape(key, self.parameters.get(key).map(|parameter| &*parameter.shape))
+    }
+
+    fn parameter(&self, key: &str) -> HostTensor {
+        let shape = self.shape(key);
+        if let Some(parameter) = self.parameters.get(key).filter(|parameter| parameter.shape == shape) {
+            return host_tensor((*parameter).clone());
         }
-        let bytes = self.source.whole(index);
-        let data = match parameter.values.dtype() {
-            burn::tensor::DType::BF16 => HostData::BF16(pod_collect_to_vec(&bytes)),
-            burn::tensor::DType::F32 => HostData::F32(pod_collect_to_vec(&bytes)),
-            other => unreachable!("parameters are stored in f32 or bf16, not in {other:?}"),
+        let bytes = self.source.whole(VALUES, key);
+        let elements: usize = shape.iter().product();
+        let data = match bytes.len() / elements {
+            2 => HostData::BF16(pod_collect_to_vec(&bytes)),
+            4 => HostData::F32(pod_collect_to_vec(&bytes)),
+            other => unreachable!("parameters are stored in f32 or bf16, not in {other} bytes"),
         };
-        HostTensor { shape, data }
+        HostTensor { shape: shape.to_vec(), data }
     }
 }
 
@@ -343,21 +352,18 @@ impl Saved {
         Error::Incompatible { checkpoint: self.folder.clone(), key: key.to_owned(), saved, current }
     }
 
-    /// Reads the optimizer's states: of each, the values that `part` names, given its key and number of values.
+    /// Reads the optimizer's states, as far as this rank keeps them.
     ///
     /// # Errors
     /// Files that are missing or damaged.
-    pub(crate) fn optimizer(
-        &self,
-        device: &Device,
-        part: &dyn Fn(&str, usize) -> Range<usize>,
-    ) -> Result<OptimizerState> {
+    pub(crate) fn optimizer(&self, device: &Device, holdings: &Holdings) -> Result<OptimizerState> {
         let OptimizerFile { step } = json(&self.folder.join(OPTIMIZER))?;
+        let runs = |key: &str, elements| holdings.runs(key, elements);
         let mut found: BTreeMap<String, BTreeMap<&'static str, StateTensor>> = BTreeMap::new();
         for name in ParameterState::NAMES {
             let path = state_file(&self.folder, name);
             if path.is_file() {
-                for (key, values) in tensors::read(&path, device, part)? {
+                for (key, values) in tensors::read(&path, device, &runs)? {
                     found.entry(key).or_default().insert(name, values);
                 }
             }

@@ -29,8 +29,6 @@ pub(super) struct Named<'a> {
     pub(super) shape: Vec<usize>,
     /// Type of its values.
     pub(super) dtype: DType,
-    /// What its values are asked for by.
-    pub(super) index: usize,
 }
 
 /// The dtypes of states: names in the file, bytes of a value.
@@ -45,11 +43,11 @@ pub(super) fn write(
     disk: &Disk,
     path: &Path,
     tensors: &[Named<'_>],
-    bytes: impl Fn(usize) -> Vec<u8>,
+    bytes: impl Fn(&str) -> Vec<u8>,
 ) -> Result<()> {
     let mut entries = serde_json::Map::new();
     let mut end = 0;
-    for Named { key, shape, dtype, .. } in tensors {
+    for Named { key, shape, dtype } in tensors {
         let &(name, _, size) =
             DTYPES.iter().find(|entry| entry.1 == *dtype).expect("states are f32, bf16 or u8");
         let start = end;
@@ -62,22 +60,23 @@ pub(super) fn write(
     let mut file = disk.create(path)?;
     let length = (header.len() as u64).to_le_bytes();
     file.write(&[&length[..], &header].concat())?;
-    for Named { key, shape, dtype, index } in tensors {
-        let bytes = bytes(*index);
+    for Named { key, shape, dtype } in tensors {
+        let bytes = bytes(key);
         assert_eq!(bytes.len(), dtype.size() * shape.iter().product::<usize>(), "the bytes of `{key}`");
         file.write(&bytes)?;
     }
     file.finish()
 }
 
-/// Reads the values of every tensor that `part` names, given its key and number of values, flat.
+/// Reads the values of every tensor that `runs` names, given its key and number of values, flat; `None`: the tensor is
+/// left out.
 ///
 /// # Errors
 /// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
 pub(super) fn read(
     path: &Path,
     device: &Device,
-    part: &dyn Fn(&str, usize) -> Range<usize>,
+    runs: &dyn Fn(&str, usize) -> Option<Vec<Range<usize>>>,
 ) -> Result<BTreeMap<String, StateTensor>> {
     let unreadable = |source| Error::Read { path: path.to_owned(), source };
     let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
@@ -110,12 +109,23 @@ pub(super) fn read(
                 size - data
             )));
         };
-        let part = part(&key, count as usize);
+        let Some(runs) = runs(&key, count as usize) else { continue };
+        // One read over all runs: columns lie close together.
+        let span = runs.first().map_or(0, |run| run.start)..runs.last().map_or(0, |run| run.end);
         let size = dtype.size();
-        let mut bytes = vec![0; size * part.len()];
-        file.seek(SeekFrom::Start(data + start + (size * part.start) as u64)).map_err(unreadable)?;
+        let mut bytes = vec![0; size * span.len()];
+        file.seek(SeekFrom::Start(data + start + (size * span.start) as u64)).map_err(unreadable)?;
         file.read_exact(&mut bytes).map_err(unreadable)?;
-        let values = TensorData::from_bytes_vec(bytes, Shape::from([part.len()]), dtype);
+        let place = |run: &Range<usize>| size * (run.start - span.start)..size * (run.end - span.start);
+        let kept: Vec<u8> = match runs.len() {
+            1 => bytes,
+            _ => runs.iter().flat_map(|run| bytes[place(run)].iter().copied()).collect(),
+        };
+        let values = TensorData::from_bytes_vec(
+            kept,
+            Shape::from([runs.iter().map(Range::len).sum::<usize>()]),
+            dtype,
+        );
         let values = match dtype {
             DType::U8 => StateTensor::Codes(Tensor::from_data(values, (device, dtype))),
             _ => StateTensor::Float(Tensor::from_data(values, (device, dtype))),
@@ -146,11 +156,14 @@ mod tests {
             key,
             shape: shape.to_vec(),
             dtype: states[index].dtype(),
-            index,
         };
         let tensors =
             [named("a.weight", &[2, 3], 0), named("b", &[0], 1), named("c", &[3], 2), named("d", &[6], 3)];
-        write(&Disk::default(), path, &tensors, |index| states[index].to_data().as_bytes().to_vec()).unwrap();
+        let bytes = |key: &str| {
+            let index = tensors.iter().position(|tensor| tensor.key == key).unwrap();
+            states[index].to_data().as_bytes().to_vec()
+        };
+        write(&Disk::default(), path, &tensors, bytes).unwrap();
         values
     }
 
@@ -159,7 +172,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let values = written(&path);
-        let back = read(&path, &Device::flex(), &|_, count| 0..count).unwrap();
+        let back = read(&path, &Device::flex(), &|_, count| Some(vec![0..count])).unwrap();
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let data = back["a.weight"].to_data();
         assert_eq!(bits(data.as_slice::<f32>().unwrap()), bits(&values));
@@ -167,7 +180,7 @@ mod tests {
         assert_eq!(back["c"].to_data().as_slice::<u8>().unwrap(), [0, 127, 255]);
         assert_eq!(back["d"].dtype(), DType::BF16);
         assert_eq!(back["d"].to_data().as_slice::<bf16>().unwrap()[..2], [1.5, -0.0].map(bf16::from_f32));
-        let part = read(&path, &Device::flex(), &|_, count| count / 3..count / 2).unwrap();
+        let part = read(&path, &Device::flex(), &|_, count| Some(vec![count / 3..count / 2])).unwrap();
         assert_eq!(bits(part["a.weight"].to_data().as_slice::<f32>().unwrap()), bits(&values[2..3]));
         let bytes = std::fs::read(&path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -182,7 +195,7 @@ mod tests {
         let whole = std::fs::read(&path).unwrap();
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            let error = read(&path, &Device::flex(), &|_, count| 0..count).unwrap_err();
+            let error = read(&path, &Device::flex(), &|_, count| Some(vec![0..count])).unwrap_err();
             assert!(matches!(error, Error::Damaged { .. }), "{length} bytes: {error}");
         }
     }

@@ -2,12 +2,24 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::Communicator;
 use super::sharding::anywhere;
+use super::{Communicator, KeyGroups};
 use crate::backward::Gradients;
 
 /// A gradient of as many values is summed where it lies; smaller ones are summed together.
 const LARGE: usize = 1 << 18;
+
+/// Sums each gradient over the ranks that keep the same values of its parameter; see [`all_reduce`].
+pub fn over_replicas(
+    gradients: &mut Gradients,
+    trained: &[(String, usize)],
+    replicas: &KeyGroups,
+    device: &Device,
+) {
+    for (group, trained) in replicas.divide(trained.to_vec(), |(key, _)| key) {
+        all_reduce(gradients, &trained, group, device);
+    }
+}
 
 /// Sums gradients over a group, so that every rank holds the same.
 ///

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -15,10 +15,9 @@ use mistral4::model::Mistral4;
 use mistral4::model::decoder_layer::DecoderLayer;
 use mistral4::model::linear::Linear;
 use mistral4::model::norm::RmsNorm;
-use mistral4::weights::{ParameterSource, SourceAdapter, reshape_parameters};
-use mistral4_checkpoint::weights::HostTensor;
+use mistral4::weights::{is_adapter, reshape_parameters};
 
-use super::{Communicator, Lane, Pending};
+use super::{Communicator, KeyGroups, Lane, Pending};
 use crate::backward::{Gradients, ParameterStore, Unit};
 
 /// Values that stay together on a rank.
@@ -35,105 +34,43 @@ pub fn part_of(elements: usize, rank: usize, ranks: usize) -> Range<usize> {
     start(rank)..start(rank + 1)
 }
 
+/// Whether every rank keeps a parameter whole.
+pub(crate) fn is_kept_whole(key: &str) -> bool {
+    key.ends_with(KEPT_WHOLE) || is_adapter(key)
+}
+
 /// How a model is spread over a group of ranks.
 pub struct Sharding {
-    group: Communicator,
+    /// Ranks that keep a parameter together, for the lane alone.
+    groups: KeyGroups,
     lane: Lane,
-    /// Whole shapes of the parameters that are spread, by key.
+    /// Shapes, before sharding, of the parameters that are sharded, by key.
     shapes: Arc<HashMap<String, Vec<usize>>>,
     /// Units with trained parameters, and the keys of those that are spread.
     trained: HashMap<Unit, Arc<Vec<String>>>,
 }
 
-/// A source of parameters of which a rank takes its part.
-pub(crate) struct PartSource<'a> {
-    source: &'a dyn ParameterSource,
-    rank: usize,
-    ranks: usize,
-    shapes: Mutex<HashMap<String, Vec<usize>>>,
-}
-
-impl<'a> PartSource<'a> {
-    /// The part of a rank of `group`.
-    pub(crate) fn new(source: &'a dyn ParameterSource, group: &Communicator) -> Self {
-        Self { source, rank: group.rank(), ranks: group.size(), shapes: Mutex::default() }
-    }
-
-    /// Whole shapes of the parameters of which parts were taken.
-    pub(crate) fn into_shapes(self) -> HashMap<String, Vec<usize>> {
-        self.shapes.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl ParameterSource for PartSource<'_> {
-    fn dtype(&self) -> mistral4_checkpoint::weights::DType {
-        self.source.dtype()
-    }
-
-    fn adapter(&self, module: &str, shape: &[usize]) -> mistral4::Result<Option<SourceAdapter>> {
-        self.source.adapter(module, shape)
-    }
-
-    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
-        if key.ends_with(KEPT_WHOLE) {
-            return self.source.tensor(key, shape, f32);
-        }
-        let part = part_of(shape.iter().product(), self.rank, self.ranks);
-        let row = [vec![1; shape.len() - 1], vec![part.len()]].concat();
-        let HostTensor { data, .. } = self.source.part(key, shape, f32, part)?;
-        self.shapes.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), shape.to_vec());
-        Ok(HostTensor { shape: row, data })
-    }
-}
-
 impl Sharding {
-    /// For a model that was made of a [`PartSource`], with the whole shapes of its parameters; collective.
-    pub(crate) fn new(model: &Mistral4, shapes: HashMap<String, Vec<usize>>, group: &Communicator) -> Self {
+    /// For a model of which each rank keeps its shard of its part, with the part's shapes; collective.
+    pub(crate) fn new(model: &Mistral4, shapes: HashMap<String, Vec<usize>>, groups: &KeyGroups) -> Self {
         let mut trained: HashMap<Unit, Vec<String>> = HashMap::new();
         let prefix = model.text_prefix();
         for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
-            let keys = trained.entry(unit_of(&parameter.key, prefix)).or_default();
+            let keys = trained.entry(Unit::of(&parameter.key, prefix)).or_default();
             // Adapters are small, and whole on every rank.
             if shapes.contains_key(&parameter.key) {
                 keys.push(parameter.key);
             }
         }
         let trained = trained.into_iter().map(|(unit, keys)| (unit, Arc::new(keys))).collect();
-        Self { group: group.clone(), lane: Lane::new(group), shapes: Arc::new(shapes), trained }
-    }
-
-    /// Ranks that hold a model together.
-    pub fn group(&self) -> &Communicator {
-        &self.group
-    }
-
-    /// The whole shape of a parameter that is spread; `None` for one that every rank keeps.
-    pub fn shape(&self, key: &str) -> Option<&[usize]> {
-        self.shapes.get(key).map(Vec::as_slice)
-    }
-
-    /// The values of something as long as a parameter that this rank keeps.
-    pub(crate) fn part(&self, key: &str, elements: usize) -> Range<usize> {
-        match self.shapes.contains_key(key) {
-            true => part_of(elements, self.group.rank(), self.group.size()),
-            false => 0..elements,
-        }
+        let groups = groups.duplicate();
+        Self { lane: Lane::new(&groups.others), groups, shapes: Arc::new(shapes), trained }
     }
 
     /// Shapes by key, to use on another thread.
-    pub(crate) fn shapes(&self) -> Arc<HashMap<String, Vec<usize>>> {
+    fn shapes(&self) -> Arc<HashMap<String, Vec<usize>>> {
         Arc::clone(&self.shapes)
     }
-}
-
-fn unit_of(key: &str, prefix: &str) -> Unit {
-    let Some(rest) = key.strip_prefix(prefix) else { return Unit::Front };
-    if let Some(rest) = rest.strip_prefix("model.layers.") {
-        let index = rest.split('.').next().and_then(|index| index.parse().ok());
-        return Unit::Layer(index.expect("layers are numbered"));
-    }
-    let is_head = rest.starts_with("model.norm.") || rest.starts_with("lm_head.");
-    if is_head { Unit::Head } else { Unit::Front }
 }
 
 /// A parameter that was gathered.
@@ -157,6 +94,7 @@ pub struct ShardedStore<'a> {
     gradients: &'a mut ShardedGradients,
     sums: VecDeque<Pending<Summed>>,
     sums_now: bool,
+    sums_each: bool,
 }
 
 /// Gradients of a sharded model.
@@ -169,32 +107,45 @@ pub struct ShardedGradients {
 }
 
 impl<'a> ShardedStore<'a> {
-    /// A pass over a sharded model. With `sums_now`, gradients (and those that wait from earlier
-    /// passes) are summed over the group, each rank keeping its part; else they wait.
+    /// Passes over a sharded model. After the last one (see [`ParameterStore::set_last`]), or with `sums_each` after
+    /// each, gradients are summed over the group, each rank keeping its part; until then they wait.
     pub fn new(
         model: &'a Mistral4,
         sharding: &'a Sharding,
         gradients: &'a mut ShardedGradients,
-        sums_now: bool,
+        sums_each: bool,
     ) -> Self {
         let mut parts: HashMap<Unit, Vec<(String, Tensor<1>)>> = HashMap::new();
         let prefix = model.text_prefix();
         for parameter in model.parameters() {
             if sharding.shapes.contains_key(&parameter.key) {
                 parts
-                    .entry(unit_of(&parameter.key, prefix))
+                    .entry(Unit::of(&parameter.key, prefix))
                     .or_default()
                     .push((parameter.key, parameter.values));
             }
         }
         let device = model.text().model.norm.weight.val().device();
-        Self { model, sharding, device, parts, ahead: None, gradients, sums: VecDeque::new(), sums_now }
+        Self {
+            model,
+            sharding,
+            device,
+            parts,
+            ahead: None,
+            gradients,
+            sums: VecDeque::new(),
+            sums_now: sums_each,
+            sums_each,
+        }
     }
 
     fn start_gather(&self, unit: Unit) -> Pending<Vec<Gathered>> {
         let parts = self.parts.get(&unit).cloned().unwrap_or_default();
-        let shapes = self.sharding.shapes();
-        self.sharding.lane.start(move |group| gather(group, parts, &shapes))
+        let (shapes, groups) = (self.sharding.shapes(), self.sharding.groups.clone());
+        self.sharding.lane.start(move |_| {
+            let divided = groups.divide(parts, |(key, _)| key);
+            divided.into_iter().flat_map(|(group, parts)| gather(group, parts, &shapes)).collect()
+        })
     }
 
     /// The whole parameters of a unit, by key.
@@ -262,6 +213,10 @@ impl ParameterStore for ShardedStore<'_> {
         self.sharding.trained.contains_key(&unit)
     }
 
+    fn set_last(&mut self, is_last: bool) {
+        self.sums_now = is_last || self.sums_each;
+    }
+
     fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>) {
         let ShardedGradients { parts, waiting } = &mut *self.gradients;
         for (key, gradient) in gradients {
@@ -270,12 +225,16 @@ impl ParameterStore for ShardedStore<'_> {
             to.add(key, gradient);
         }
         let Some(keys) = self.sharding.trained.get(&unit).filter(|_| self.sums_now) else { return };
-        let whole: Vec<Option<Tensor<1>>> = keys.iter().map(|key| waiting.remove(key)).collect();
+        let whole: Vec<(String, Option<Tensor<1>>)> =
+            keys.iter().map(|key| (key.clone(), waiting.remove(key))).collect();
         while self.sums.len() >= SUMS_UNDER_WAY {
             self.keep_oldest_sum();
         }
-        let (keys, shapes) = (Arc::clone(keys), self.sharding.shapes());
-        let sum = self.sharding.lane.start(move |group| sum_parts(group, &keys, whole, &shapes));
+        let (shapes, groups) = (self.sharding.shapes(), self.sharding.groups.clone());
+        let sum = self.sharding.lane.start(move |_| {
+            let divided = groups.divide(whole, |(key, _)| key);
+            divided.into_iter().flat_map(|(group, whole)| sum_parts(group, whole, &shapes)).collect()
+        });
         self.sums.push_back(sum);
     }
 }
@@ -342,20 +301,19 @@ fn gather(
 /// Sums gradients over the group; returns this rank's parts of those that any rank has.
 fn sum_parts(
     group: &Communicator,
-    keys: &[String],
-    whole: Vec<Option<Tensor<1>>>,
+    whole: Vec<(String, Option<Tensor<1>>)>,
     shapes: &HashMap<String, Vec<usize>>,
-) -> Summed {
-    let present: Vec<u8> = whole.iter().map(|gradient| u8::from(gradient.is_some())).collect();
+) -> Vec<(String, Vec<f32>)> {
+    let present: Vec<u8> = whole.iter().map(|(_, gradient)| u8::from(gradient.is_some())).collect();
     let present = anywhere(group, &present);
     let ranks = group.size();
-    let gradients: Vec<(&String, usize, Option<TensorData>)> = keys
-        .iter()
-        .zip(whole)
+    let gradients: Vec<(String, usize, Option<TensorData>)> = whole
+        .into_iter()
         .zip(present)
         .filter(|(_, present)| *present)
         .map(|((key, gradient), _)| {
-            (key, shapes[key].iter().product(), gradient.map(|gradient| gradient.into_data()))
+            let elements = shapes[&key].iter().product();
+            (key, elements, gradient.map(|gradient| gradient.into_data()))
         })
         .collect();
     let part_lengths = |rank: usize| gradients.iter().map(move |&(_, n, _)| part_of(n, rank, ranks).len());
@@ -376,7 +334,7 @@ fn sum_parts(
     let mut parts = Vec::with_capacity(gradients.len());
     for ((key, ..), length) in gradients.iter().zip(part_lengths(group.rank())) {
         let (part, after) = rest.split_at(length);
-        parts.push(((*key).clone(), part.to_vec()));
+        parts.push((key.clone(), part.to_vec()));
         rest = after;
     }
     parts
@@ -401,13 +359,5 @@ mod tests {
             assert!(parts.iter().all(|part| part.start.is_multiple_of(BLOCK) || part.start == elements));
         }
         assert_eq!(part_of(65_536, 1, 4), 16_384..32_768);
-    }
-
-    #[test]
-    fn units_are_found_by_key() {
-        assert_eq!(unit_of("model.layers.12.mlp.gate.weight", ""), Unit::Layer(12));
-        assert_eq!(unit_of("language_model.lm_head.weight", "language_model."), Unit::Head);
-        assert_eq!(unit_of("language_model.model.embed_tokens.weight", "language_model."), Unit::Front);
-        assert_eq!(unit_of("vision_tower.ln_pre.weight", "language_model."), Unit::Front);
     }
 }

@@ -30,7 +30,8 @@ pub use dataset::{
     PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
 };
 pub use model::{
-    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, SoftmaxScaleOverride, Strategy, TorchDtype,
+    DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PipelineConfig, SoftmaxScaleOverride,
+    Strategy, TorchDtype,
 };
 pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype};
 pub use overrides::{Override, parse_overrides};
@@ -326,7 +327,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     }
     let validation_dataloader = DataloaderConfig::read(&mut root, "validation_dataloader", false)?;
     let checkpoint = CheckpointConfig::read(&mut root)?;
-    let distributed = DistributedConfig::read(&mut root)?;
+    let distributed = DistributedConfig::read(&mut root, peft.is_some())?;
     let early_stopping = EarlyStoppingConfig::read(&mut root)?;
     let tensorboard = TensorBoardConfig::read(&mut root)?;
     let peak_tflops = watching::read_mfu(&mut root)?;

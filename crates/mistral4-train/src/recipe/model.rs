@@ -233,6 +233,27 @@ pub enum Strategy {
     Replicate,
 }
 
+/// `distributed.pipeline`: how micro-batches flow through the stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PipelineConfig {
+    /// Whether each rank has several runs of layers, so that less time is idle.
+    pub interleaved: bool,
+    /// Layers of a run, when interleaved; `None`: two runs a rank.
+    pub layers_per_stage: Option<usize>,
+}
+
+impl PipelineConfig {
+    /// Runs of layers a rank.
+    pub fn chunks(self, layers: usize, ranks: usize) -> usize {
+        match self.layers_per_stage {
+            _ if !self.interleaved || ranks == 1 => 1,
+            // NeMo AutoModel's `round_virtual_stages_to_pp_multiple: down`.
+            Some(each) => (layers.div_ceil(each) / ranks).max(1),
+            None => 2,
+        }
+    }
+}
+
 /// `distributed`: how ranks share the work, and activation checkpointing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DistributedConfig {
@@ -250,6 +271,8 @@ pub struct DistributedConfig {
     pub pp_size: usize,
     /// Ranks over which experts are spread.
     pub ep_size: usize,
+    /// How micro-batches flow through pipeline stages.
+    pub pipeline: PipelineConfig,
     /// Whether shards are summed over ranks only after the last micro-batch of a step.
     pub defer_fsdp_grad_sync: bool,
     /// Whether each layer's activations are recomputed in the backward pass.
@@ -266,6 +289,7 @@ impl Default for DistributedConfig {
             cp_size: 1,
             pp_size: 1,
             ep_size: 1,
+            pipeline: PipelineConfig::default(),
             defer_fsdp_grad_sync: true,
             activation_checkpointing: false,
         }
@@ -273,7 +297,8 @@ impl Default for DistributedConfig {
 }
 
 impl DistributedConfig {
-    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
+    /// `adapts` says that adapters are trained in place of the weights.
+    pub(crate) fn read(root: &mut Section<'_>, adapts: bool) -> Result<Self> {
         use Strategy::{FullyShard, Replicate};
         const STRATEGIES: [(&str, Strategy); 4] =
             [("fsdp2", FullyShard), ("megatron_fsdp", FullyShard), ("ddp", Replicate), ("none", Replicate)];
@@ -292,13 +317,14 @@ impl DistributedConfig {
             ep_size: size("ep_size", "ranks over which experts are spread")?,
             ..Self::default()
         };
-        for (key, size, reason) in [
-            ("tp_size", config.tp_size, "tensor parallelism is not supported yet"),
-            ("cp_size", config.cp_size, "context parallelism is not supported"),
-            ("pp_size", config.pp_size, "pipeline parallelism is not supported yet"),
-            ("ep_size", config.ep_size, "expert parallelism is not supported yet"),
-        ] {
-            if size > 1 {
+        if config.cp_size > 1 {
+            s.mark("cp_size", Effect::Unsupported("context parallelism is not supported".to_owned()));
+        }
+        for (key, size) in
+            [("tp_size", config.tp_size), ("pp_size", config.pp_size), ("ep_size", config.ep_size)]
+        {
+            if adapts && size > 1 {
+                let reason = "adapters (`peft`) train data-parallel, replicated or sharded, alone";
                 s.mark(key, Effect::Unsupported(reason.to_owned()));
             }
         }
@@ -308,7 +334,8 @@ impl DistributedConfig {
         config.activation_checkpointing = s
             .bool("activation_checkpointing", "each layer's activations are recomputed in the backward pass")?
             .unwrap_or(false);
-        s.none_of_effect(&["sequence_parallel", "tp_plan", "use_hf_tp_plan"], "tensor parallelism is off");
+        s.no_effect("sequence_parallel", "hidden states between layers are whole on every rank of tp_size");
+        s.none_of_effect(&["tp_plan", "use_hf_tp_plan"], "heads and inner widths are divided over tp_size");
         s.none_of_effect(
             &["activation_checkpointing_scope", "offload_policy", "cpu_offload"],
             "changes where memory is spent, not the result",
@@ -317,20 +344,30 @@ impl DistributedConfig {
             &["reshard_after_forward", "enable_fsdp2_prefetch"],
             "a layer's parameters are gathered ahead, used and freed, in both passes",
         );
-        s.no_effect("enable_async_tensor_parallel", "tensor parallelism is off");
+        s.no_effect("enable_async_tensor_parallel", "sums over tp_size are not overlapped");
         s.none_of_effect(&["patch_is_packed_sequence", "enable_compile", "multimodal"], "one implementation");
         s.unsupported("mp_policy", "set model.torch_dtype instead");
         s.unsupported("autocast_dtype", "set model.torch_dtype instead");
         let mut pipeline = s.section("pipeline")?;
+        const SCHEDULES: [(&str, bool); 4] =
+            [("1f1b", false), ("1F1B", false), ("interleaved1f1b", true), ("Interleaved1F1B", true)];
+        let schedule = pipeline.name("pp_schedule", "order of the micro-batches' passes", &SCHEDULES)?;
+        config.pipeline = PipelineConfig {
+            interleaved: schedule.unwrap_or(false),
+            layers_per_stage: pipeline.count("layers_per_stage", "layers of a run, when interleaved")?,
+        };
+        pipeline.none_of_effect(
+            &["pp_microbatch_size", "pp_batch_size"],
+            "micro-batches are those of step_scheduler.local_batch_size",
+        );
+        pipeline.none_of_effect(
+            &["round_virtual_stages_to_pp_multiple"],
+            "layers_per_stage is rounded up, to a whole number of runs a rank",
+        );
+        pipeline.unsupported("pp_schedule_csv", "choose pp_schedule");
+        pipeline.unsupported("module_fqns_per_model_part", "layers are divided evenly");
         pipeline.none_of_effect(
             &[
-                "pp_schedule",
-                "pp_schedule_csv",
-                "pp_microbatch_size",
-                "pp_batch_size",
-                "layers_per_stage",
-                "round_virtual_stages_to_pp_multiple",
-                "module_fqns_per_model_part",
                 "patch_inner_model",
                 "patch_causal_lm_model",
                 "patch_stage_backward_maybe_with_nosync",
@@ -339,7 +376,7 @@ impl DistributedConfig {
                 "loss_fn",
                 "pp_seq_len",
             ],
-            "read only with pp_size above 1",
+            "one implementation",
         );
         pipeline.finish()?;
         let mut moe = s.section("moe")?;

@@ -5,27 +5,35 @@ use mistral4::model::Mistral4;
 use mistral4::weights::NamedTensor;
 
 use super::HeldOut;
-use crate::backward::{LabelledInputs, evaluate, evaluate_from};
+use crate::backward::{Gradients, LabelledInputs, ParameterStore, Whole, evaluate_from};
 use crate::data::LoaderState;
 use crate::error::Result;
 use crate::metrics::{StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
-use crate::parallel::{Mesh, ShardedGradients, ShardedStore, Sharding};
+use crate::parallel::{Communicator, Holdings, Mesh, ModelLayout, ShardedGradients, ShardedStore, Sharding};
 use crate::schedule::StepState;
 
 /// A model to measure, on one rank or spread over many.
 #[derive(Clone, Copy)]
 pub(super) struct HeldModel<'a> {
     pub(super) model: &'a Mistral4,
+    pub(super) layout: &'a ModelLayout,
     pub(super) sharding: Option<&'a Sharding>,
     pub(super) mesh: &'a Mesh,
 }
 
 impl HeldModel<'_> {
     fn evaluate(self, inputs: &LabelledInputs) -> Result<f64> {
-        let Some(sharding) = self.sharding else { return evaluate(self.model, inputs) };
-        let mut gradients = ShardedGradients::default();
-        let mut store = ShardedStore::new(self.model, sharding, &mut gradients, false);
-        evaluate_from(&mut store, self.model, inputs)
+        let evaluate = |store: &mut dyn ParameterStore| match &self.layout.pipeline {
+            Some(pipeline) => pipeline.evaluate(store, self.model, inputs),
+            None => evaluate_from(store, self.model, inputs),
+        };
+        match self.sharding {
+            Some(sharding) => {
+                let mut gradients = ShardedGradients::default();
+                evaluate(&mut ShardedStore::new(self.model, sharding, &mut gradients, false))
+            }
+            None => evaluate(&mut Whole::new(self.model, &mut Gradients::default())),
+        }
     }
 }
 
@@ -80,14 +88,14 @@ pub(super) fn validate(
     Ok(metrics)
 }
 
-/// Parameters that are trained, and all, over all ranks that hold them.
-pub(super) fn count(model: &Mistral4, sharding: Option<&Sharding>) -> (usize, usize) {
+/// Parameters that are trained, and all, over all ranks; collective.
+pub(super) fn count(model: &Mistral4, holdings: &Holdings, world: &Communicator) -> (usize, usize) {
     let parameters = model.parameters();
-    let elements = |p: &NamedTensor| {
-        let whole = sharding.and_then(|sharding| sharding.shape(&p.key));
-        whole.unwrap_or(&p.shape).iter().product::<usize>()
-    };
-    (parameters.iter().filter(|p| p.trainable).map(elements).sum(), parameters.iter().map(elements).sum())
+    let share = |p: &NamedTensor| p.values.dims()[0] as f64 / holdings.copies(&p.key) as f64;
+    let trained = parameters.iter().filter(|p| p.trainable).map(share).sum();
+    let mut sums: [f64; 2] = [trained, parameters.iter().map(share).sum()];
+    world.all_reduce_sum(&mut sums);
+    (sums[0].round() as usize, sums[1].round() as usize)
 }
 
 /// Size and time of a run, in a line.

@@ -41,7 +41,7 @@ impl Training {
         mesh.world.barrier();
         let begin = if config.enabled { checkpoints.starting_point(&config.restore_from)? } else { None };
         let saved = begin.as_deref().map(Saved::read).transpose()?;
-        let mut setup = Setup::start(recipe, device, saved.as_ref(), &mesh)?;
+        let setup = Setup::start(recipe, device, saved.as_ref(), &mesh)?;
 
         let context = setup.data_context(recipe.rng.seed);
         let pad_id = setup.pad_id();
@@ -53,8 +53,9 @@ impl Training {
         let total_steps = scheduler.total_steps();
         let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
         Optimizer::check_device(&recipe.optimizer, device)?;
-        let shapes = setup.whole_shapes.take();
-        let sharding = shapes.map(|shapes| Sharding::new(&setup.model, shapes, &mesh.shard));
+        let sharding = mesh
+            .is_sharded()
+            .then(|| Sharding::new(&setup.model, setup.holdings.sharded_shapes(), &setup.layout.shards));
         let mut state = OptimizerState::default();
         if let Some(saved) = &saved {
             loader.resume(saved.loader).map_err(|error| match error {
@@ -62,10 +63,7 @@ impl Training {
                 other => other,
             })?;
             scheduler.resume(saved.state);
-            state = saved.optimizer(device, &|key, elements| match &sharding {
-                Some(sharding) => sharding.part(key, elements),
-                None => 0..elements,
-            })?;
+            state = saved.optimizer(device, &setup.holdings)?;
             check_states(saved, &state, &setup.model.parameters(), &recipe.optimizer)?;
             observe(Event::Note(format!(
                 "continuing from {} at step {}",
@@ -99,7 +97,7 @@ impl Training {
                     .to_owned(),
             ));
         }
-        let (trained_parameters, parameters) = count(&setup.model, sharding.as_ref());
+        let (trained_parameters, parameters) = count(&setup.model, &setup.holdings, &mesh.world);
         let status = RunStatus {
             state: RunState::Running,
             total_steps,
@@ -109,15 +107,15 @@ impl Training {
         };
         let recorder = is_first.then(|| Recorder::open(recipe, first_step, status)).transpose()?;
         let (text, is_cpu) = (&setup.config.config.text, ops::is_fused(device));
-        let utilization = match &sharding {
-            Some(_) => None,
-            None => Utilization::new(recipe, &setup.model, text, setup.dtype, is_cpu),
+        let utilization = match setup.holdings.first_has_all() {
+            false => None,
+            true => Utilization::new(recipe, &setup.model, text, setup.dtype, is_cpu),
         };
         let early_stop = saved.as_ref().map_or_else(EarlyStopState::default, |saved| saved.early_stop);
         let path = folder.join("training.jsonl");
         let steps = if is_first { metrics::read(&path)? } else { Vec::new() };
         let guard = saved.as_ref().map_or_else(GuardState::default, |saved| saved.guard.clone());
-        let ranks = Ranks::new(&mesh, sharding.as_ref());
+        let ranks = Ranks::new(&mesh, &setup.holdings);
         let parameters = setup.model.parameters();
         let trained = parameters.iter().filter(|parameter| parameter.trainable);
         Ok(Self {
@@ -205,14 +203,16 @@ fn check_optimizer(recipe: &Recipe, mesh: &Mesh) -> Result<()> {
             "moves parameters before gradients are summed over ranks",
         );
     }
-    if mesh.is_sharded() && recipe.optimizer.muon.is_some() {
-        return refused("optimizer", "Muon", "needs whole matrices; set distributed.strategy to ddp");
+    if (mesh.is_sharded() || mesh.shape.tp > 1) && recipe.optimizer.muon.is_some() {
+        let message = "needs whole matrices; set distributed.strategy to ddp, and tp_size to 1";
+        return refused("optimizer", "Muon", message);
     }
-    if mesh.is_sharded() && recipe.optimizer.state_dtype == StateDtype::Int8 {
+    let is_divided = mesh.shape.pp * mesh.shape.tp * mesh.shape.ep > 1;
+    if (mesh.is_sharded() || is_divided) && recipe.optimizer.state_dtype == StateDtype::Int8 {
         return refused(
             "optimizer",
             "8-bit states",
-            "are not kept of parts of parameters; set distributed.strategy to ddp, or keep states in bfloat16",
+            "are not kept of parts of parameters; set distributed.strategy to ddp (without ep_size, tp_size, pp_size), or keep states in bfloat16",
         );
     }
     Ok(())

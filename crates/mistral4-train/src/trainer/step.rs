@@ -5,7 +5,10 @@ use mistral4::Mistral4;
 
 use super::Training;
 use super::ranks::{Measured, StepCounts};
-use crate::backward::{LabelledInputs, LossScale, forward_backward, layer_by_layer, update_in_backward};
+use crate::backward::{
+    Activations, LabelledInputs, LossScale, MicroBatch, MicroBatchLoss, ParameterStore, Stage, Whole,
+    forward_backward_from, update_in_backward,
+};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::optim::{Optimizer, StepFactors};
@@ -16,41 +19,74 @@ fn loss_scale(label_tokens: usize, micro_batches: usize) -> LossScale {
     LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / micro_batches.max(1) as f64 }
 }
 
+/// A rank's part of a step's batches.
+pub(super) struct OwnBatches {
+    pub(super) batches: Vec<Batch>,
+    /// One that counts nowhere, on a rank that has one fewer than others and must pass over the model as often.
+    pub(super) silent: Option<Batch>,
+    pub(super) ends_epoch: bool,
+}
+
 impl Training {
     /// Forward and backward over this rank's micro-batches of one step, and over the silent one, which counts nowhere.
     pub(super) fn accumulate(
         &self,
-        (batches, silent): (Vec<Batch>, Option<Batch>),
+        own: OwnBatches,
         counts: StepCounts,
         gradients: &mut ShardedGradients,
         device: &Device,
     ) -> Result<Measured> {
         let scale = loss_scale(counts.label_tokens, counts.micro_batches);
-        let mut measured = Measured::default();
-        let count = batches.len();
-        let last = (count + usize::from(silent.is_some())).saturating_sub(1);
-        for (index, mut batch) in batches.into_iter().chain(silent).enumerate() {
-            let is_silent = index == count;
-            let scale = if is_silent { LossScale { per_token: 0.0, aux: 0.0 } } else { scale };
-            self.setup.dropout.next();
-            let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
-            let inputs = LabelledInputs::new(batch, device);
-            let model = &self.setup.model;
-            let part = match &self.sharding {
-                None => forward_backward(model, &inputs, scale, self.activations, &mut gradients.parts)?,
-                Some(sharding) => {
-                    let sums_now = index == last || !self.defers_sums;
-                    let mut store = ShardedStore::new(model, sharding, gradients, sums_now);
-                    let part = layer_by_layer(&mut store, model, &inputs, scale)?;
-                    store.finish();
-                    part
-                }
-            };
-            if !is_silent {
-                measured.add(rows, label_tokens, part, scale.aux);
+        let keeps_images = self.setup.holdings.has_embeddings();
+        let own_count = own.batches.len();
+        let mut about = Vec::with_capacity(own_count);
+        let mut micro_batches = Vec::with_capacity(own_count + 1);
+        let silent = own.silent.map(|batch| (batch, LossScale { per_token: 0.0, aux: 0.0 }));
+        for (mut batch, scale) in own.batches.into_iter().map(|batch| (batch, scale)).chain(silent) {
+            about.push((std::mem::take(&mut batch.rows), batch.num_label_tokens));
+            if !keeps_images {
+                batch.images.clear();
             }
+            micro_batches.push(MicroBatch { inputs: LabelledInputs::new(batch, device), scale });
+        }
+        let parts = match &self.sharding {
+            None => {
+                let mut store = Whole::new(&self.setup.model, &mut gradients.parts);
+                self.passes(&mut store, micro_batches, self.activations)?
+            }
+            Some(sharding) => {
+                let mut store = ShardedStore::new(&self.setup.model, sharding, gradients, !self.defers_sums);
+                let parts = self.passes(&mut store, micro_batches, Activations::Recomputed)?;
+                store.finish();
+                parts
+            }
+        };
+        let mut measured = Measured::default();
+        // A silent micro-batch, which comes last, counts nowhere.
+        for ((rows, label_tokens), part) in about.into_iter().zip(parts).take(own_count) {
+            measured.add(rows, label_tokens, part, scale.aux);
         }
         Ok(measured)
+    }
+
+    /// Passes over the model with every micro-batch: what each measured.
+    fn passes(
+        &self,
+        store: &mut dyn ParameterStore,
+        micro_batches: Vec<MicroBatch>,
+        activations: Activations,
+    ) -> Result<Vec<MicroBatchLoss>> {
+        let model = &self.setup.model;
+        if let Some(pipeline) = &self.setup.layout.pipeline {
+            return pipeline.forward_backward(store, model, &micro_batches, activations);
+        }
+        let count = micro_batches.len();
+        let pass = |(index, MicroBatch { inputs, scale }): (usize, MicroBatch)| {
+            self.setup.dropout.next();
+            store.set_last(index + 1 == count);
+            forward_backward_from(store, Stage::whole(model, activations), &inputs, scale)
+        };
+        micro_batches.into_iter().enumerate().map(pass).collect()
     }
 }
 

@@ -96,6 +96,11 @@ pub fn adapter_of(parameters: &[NamedTensor], like: &Adapter) -> Adapter {
     Adapter { modules: like.modules.iter().map(now).collect(), ..like.clone() }
 }
 
+/// Whether a parameter belongs to an adapter.
+pub fn is_adapter(key: &str) -> bool {
+    split(key).is_some()
+}
+
 /// Module and part of the key of an adapter's parameter.
 fn split(key: &str) -> Option<(&str, &str)> {
     key.rsplit_once(".lora.").or_else(|| key.rsplit_once("_lora."))

@@ -191,7 +191,7 @@ impl Mistral4 {
         }
     }
 
-    /// Every parameter with its canonical key.
+    /// Every parameter with its canonical key; those of other stages have no elements.
     pub fn parameters(&self) -> Vec<NamedTensor> {
         // Only on the autodiff backend does a parameter tell whether it is trained.
         let mut parameters = match self.train() {

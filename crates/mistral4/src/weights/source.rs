@@ -46,6 +46,11 @@ pub trait ParameterSource: Sync {
         Ok(None)
     }
 
+    /// The shape of what this source gives for a parameter of `shape`; `None`: it gives nothing.
+    fn shape(&self, _key: &str, shape: &[usize]) -> Option<Vec<usize>> {
+        Some(shape.to_vec())
+    }
+
     /// As [`ParameterSource::tensor`], the values `range` alone, flat.
     ///
     /// # Errors

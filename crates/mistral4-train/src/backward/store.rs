@@ -1,0 +1,105 @@
+//! Where a walk through a model finds parameters and leaves gradients.
+
+use burn::tensor::Tensor;
+use mistral4::model::Mistral4;
+use mistral4::model::decoder_layer::DecoderLayer;
+use mistral4::model::linear::Linear;
+use mistral4::model::norm::RmsNorm;
+
+use super::Gradients;
+
+/// Parameters that are needed at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unit {
+    /// Embeddings, vision tower and projector.
+    Front,
+    /// A decoder layer.
+    Layer(usize),
+    /// The final norm and `lm_head`.
+    Head,
+}
+
+impl Unit {
+    /// The unit of a canonical key, of a model whose decoder's keys begin with `prefix`.
+    pub fn of(key: &str, prefix: &str) -> Self {
+        let Some(rest) = key.strip_prefix(prefix) else { return Self::Front };
+        if let Some(rest) = rest.strip_prefix("model.layers.") {
+            let index = rest.split('.').next().and_then(|index| index.parse().ok());
+            return Self::Layer(index.expect("layers are numbered"));
+        }
+        let is_head = rest.starts_with("model.norm.") || rest.starts_with("lm_head.");
+        if is_head { Self::Head } else { Self::Front }
+    }
+}
+
+/// Where the walk through a model finds parameters and leaves gradients.
+///
+/// `next` is the unit that the walk needs after this one, which a store may begin to fetch.
+pub trait ParameterStore {
+    /// The model, of whose parameters those of the front are present.
+    fn front(&mut self, next: Option<Unit>) -> Mistral4;
+
+    /// A layer.
+    fn layer(&mut self, index: usize, next: Option<Unit>) -> DecoderLayer;
+
+    /// The final norm and `lm_head`.
+    fn head(&mut self, next: Option<Unit>) -> (RmsNorm, Linear);
+
+    /// Whether any parameter of a unit is trained.
+    fn trains(&self, unit: Unit) -> bool;
+
+    /// Says whether the backward passes that follow are the step's last ones.
+    fn set_last(&mut self, _is_last: bool) {}
+
+    /// Takes the gradients of a unit's parameters, by canonical key, flat.
+    fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>);
+}
+
+/// A model that is all here, or a stage that is.
+pub struct Whole<'a> {
+    model: &'a Mistral4,
+    gradients: &'a mut Gradients,
+}
+
+impl<'a> Whole<'a> {
+    /// The model, and where its gradients go.
+    pub fn new(model: &'a Mistral4, gradients: &'a mut Gradients) -> Self {
+        Self { model, gradients }
+    }
+}
+
+impl ParameterStore for Whole<'_> {
+    fn front(&mut self, _: Option<Unit>) -> Mistral4 {
+        self.model.clone()
+    }
+
+    fn layer(&mut self, index: usize, _: Option<Unit>) -> DecoderLayer {
+        self.model.text().model.layers[index].clone()
+    }
+
+    fn head(&mut self, _: Option<Unit>) -> (RmsNorm, Linear) {
+        let text = self.model.text();
+        (text.model.norm.clone(), text.lm_head.clone())
+    }
+
+    fn trains(&self, _: Unit) -> bool {
+        true
+    }
+
+    fn add(&mut self, _: Unit, gradients: Vec<(String, Tensor<1>)>) {
+        gradients.into_iter().for_each(|(key, gradient)| self.gradients.add(key, gradient));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_found_by_key() {
+        assert_eq!(Unit::of("model.layers.12.mlp.gate.weight", ""), Unit::Layer(12));
+        assert_eq!(Unit::of("language_model.lm_head.weight", "language_model."), Unit::Head);
+        assert_eq!(Unit::of("language_model.model.embed_tokens.weight", "language_model."), Unit::Front);
+        assert_eq!(Unit::of("vision_tower.ln_pre.weight", "language_model."), Unit::Front);
+    }
+}

@@ -1,0 +1,225 @@
+//! Which values of each parameter every rank of a mesh keeps.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mistral4::model::Mistral4;
+use mistral4::weights::{ParameterSource, Part, Partition, PartitionSource, SourceAdapter, is_adapter};
+use mistral4_checkpoint::weights::{DType, HostTensor, QuantizedMatrix};
+
+use super::groups::is_expert;
+use super::mesh::{MeshShape, Place};
+use super::sharding::{is_kept_whole, part_of};
+
+/// How the parameters of a model are divided over a mesh, as far as it can be said without the model.
+#[derive(Debug, Clone)]
+pub struct Division {
+    /// The mesh.
+    pub mesh: MeshShape,
+    /// Whether ranks with the same part of the model each keep but a shard of it.
+    pub is_sharded: bool,
+    /// The part of the model of each rank, by world rank.
+    pub partitions: Arc<[Partition]>,
+}
+
+impl Division {
+    /// Ranks that could share the values of a parameter within a replica, and which of them `place` is.
+    fn sharers(&self, key: &str, place: Place) -> (usize, usize) {
+        match is_expert(key) {
+            true => (self.mesh.dp_shard / self.mesh.ep, place.dp_shard / self.mesh.ep),
+            false => (self.mesh.dp_shard, place.dp_shard),
+        }
+    }
+
+    /// What a rank keeps of a parameter of a whole shape; `None`: it belongs to other stages.
+    pub fn held(&self, key: &str, shape: &[usize], rank: usize) -> Option<Held> {
+        let part = self.partitions[rank].part(key, shape)?;
+        let range = self.shard(key, &part, self.mesh.place(rank));
+        Some(Held { part, range })
+    }
+
+    /// The values of the rank's part of a parameter that the rank keeps.
+    fn shard(&self, key: &str, part: &Part, place: Place) -> Range<usize> {
+        let (ranks, rank) = self.sharers(key, place);
+        match self.is_sharded && !is_kept_whole(key) {
+            true => part_of(part.elements(), rank, ranks),
+            false => 0..part.elements(),
+        }
+    }
+}
+
+/// What a rank keeps of a parameter.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Its part of the model's parameter.
+    pub part: Part,
+    /// The values of that part, flat.
+    pub range: Range<usize>,
+}
+
+impl Held {
+    /// Where the values lie in the whole parameter, flat.
+    pub fn runs(&self) -> Vec<Range<usize>> {
+        let mut at = 0;
+        let mut runs = Vec::new();
+        for run in self.part.runs() {
+            let start = self.range.start.clamp(at, at + run.len());
+            let end = self.range.end.clamp(at, at + run.len());
+            if start < end {
+                runs.push(run.start + start - at..run.start + end - at);
+            }
+            at += run.len();
+        }
+        runs
+    }
+}
+
+/// Which values of each parameter every rank keeps.
+#[derive(Debug, Clone)]
+pub struct Holdings {
+    division: Division,
+    rank: usize,
+    /// Whole shapes of all parameters of the model, by key.
+    shapes: Arc<HashMap<String, Vec<usize>>>,
+}
+
+impl Holdings {
+    /// The whole shape of a parameter of the model, wherever it is.
+    ///
+    /// # Panics
+    /// When the model has no such parameter.
+    pub fn shape(&self, key: &str) -> &[usize] {
+        self.shapes.get(key).unwrap_or_else(|| panic!("{key} is no parameter of the model"))
+    }
+
+    /// What a rank keeps of a parameter; `None`: it belongs to other stages.
+    pub fn held(&self, key: &str, rank: usize) -> Option<Held> {
+        self.division.held(key, self.shape(key), rank)
+    }
+
+    /// What this rank keeps of a parameter.
+    pub fn mine(&self, key: &str) -> Option<Held> {
+        self.held(key, self.rank)
+    }
+
+    /// Where what this rank keeps lies in a stored tensor of `elements` values that belongs to a parameter; `None`: it
+    /// keeps nothing of it. All of a tensor that is no parameter's, for others to judge.
+    pub fn runs(&self, key: &str, elements: usize) -> Option<Vec<Range<usize>>> {
+        match self.shapes.get(key) {
+            Some(shape) if shape.iter().product::<usize>() == elements => {
+                self.mine(key).map(|held| held.runs())
+            }
+            _ => Some(std::iter::once(0..elements).collect()),
+        }
+    }
+
+    /// Local shapes, before sharding, of the parameters that are sharded, by key.
+    pub(crate) fn sharded_shapes(&self) -> HashMap<String, Vec<usize>> {
+        let keys = self.shapes.keys().filter(|key| self.division.is_sharded && !is_kept_whole(key));
+        keys.filter_map(|key| Some((key.clone(), self.mine(key)?.part.shape()))).collect()
+    }
+
+    /// Whether tensor parallelism divides a parameter.
+    fn is_divided(&self, key: &str) -> bool {
+        let whole = Partition {
+            tensor: mistral4::weights::Share::WHOLE,
+            ..self.division.partitions[self.rank].clone()
+        };
+        let part = |partition: &Partition| partition.part(key, self.shape(key));
+        part(&whole) != part(&self.division.partitions[self.rank])
+    }
+
+    /// Whether this rank begins with token ids and images.
+    pub fn has_embeddings(&self) -> bool {
+        self.division.partitions[self.rank].has_embeddings
+    }
+
+    /// Whether the first rank keeps every parameter whole.
+    pub fn first_has_all(&self) -> bool {
+        let mesh = &self.division.mesh;
+        let shards = if self.division.is_sharded { mesh.dp_shard } else { 1 };
+        mesh.pp * mesh.tp * mesh.ep * shards == 1
+    }
+
+    /// Ranks that keep the same values of a parameter as this one, itself included.
+    pub fn copies(&self, key: &str) -> usize {
+        let mesh = &self.division.mesh;
+        let tensor = if self.is_divided(key) { 1 } else { mesh.tp };
+        let (sharers, _) = self.division.sharers(key, mesh.place(self.rank));
+        let sharers = if self.division.is_sharded && !is_kept_whole(key) { 1 } else { sharers };
+        tensor * sharers * mesh.dp_replicate * mesh.cp
+    }
+
+    /// Ranks that together keep each value of a parameter once.
+    pub fn keepers(&self, key: &str) -> Vec<(usize, Held)> {
+        let mesh = &self.division.mesh;
+        let mut keepers: Vec<(usize, Held)> = Vec::new();
+        for rank in 0..mesh.ranks() {
+            let Some(held) = self.held(key, rank).filter(|_| mesh.place(rank).dp_replicate == 0) else {
+                continue;
+            };
+            let same = |(_, other): &(usize, Held)| other.part == held.part && other.range == held.range;
+            if !keepers.iter().any(same) {
+                keepers.push((rank, held));
+            }
+        }
+        keepers
+    }
+}
+
+/// A source of parameters of which a rank takes what it keeps; remembers the whole shapes of all.
+pub(crate) struct HeldSource<'a> {
+    source: PartitionSource<'a>,
+    division: Division,
+    rank: usize,
+    shapes: Mutex<HashMap<String, Vec<usize>>>,
+}
+
+impl<'a> HeldSource<'a> {
+    /// What the rank `rank` keeps of the parameters of `source`.
+    pub(crate) fn new(source: &'a dyn ParameterSource, division: &'a Division, rank: usize) -> Self {
+        let source = PartitionSource { source, partition: &division.partitions[rank] };
+        Self { source, division: division.clone(), rank, shapes: Mutex::default() }
+    }
+
+    /// What every rank keeps of the parameters that were asked for, and of the adapters of the model made of them.
+    pub(crate) fn into_holdings(self, model: &Mistral4) -> Holdings {
+        let mut shapes = self.shapes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let adapters = model.parameters().into_iter().filter(|parameter| is_adapter(&parameter.key));
+        shapes.extend(adapters.map(|parameter| (parameter.key, parameter.shape)));
+        Holdings { division: self.division, rank: self.rank, shapes: Arc::new(shapes) }
+    }
+}
+
+impl ParameterSource for HeldSource<'_> {
+    fn dtype(&self) -> DType {
+        self.source.dtype()
+    }
+
+    fn adapter(&self, module: &str, shape: &[usize]) -> mistral4::Result<Option<SourceAdapter>> {
+        self.source.source.adapter(module, shape)
+    }
+
+    /// What is divided is dense.
+    fn quantized(&self, key: &str, shape: &[usize]) -> mistral4::Result<Option<QuantizedMatrix>> {
+        let held = self.division.held(key, shape, self.rank).filter(|_| !self.division.is_sharded);
+        match held.filter(|held| held.part.is_whole()) {
+            Some(_) => self.source.source.quantized(key, shape),
+            None => Ok(None),
+        }
+    }
+
+    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
+        self.shapes.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), shape.to_vec());
+        let held = self.division.held(key, shape, self.rank);
+        match held.filter(|_| self.division.is_sharded && !is_kept_whole(key)) {
+            None => self.source.tensor(key, shape, f32),
+            Some(Held { range, .. }) => {
+                let row = [vec![1; shape.len() - 1], vec![range.len()]].concat();
+                let HostTensor { data, .. } = self.source.part(key, shape, f32, range)?;
+                Ok(HostTensor { shape: row, data })
+            }
+        }
+    }
+}
