@@ -91,13 +91,13 @@ fn nemo_lora_parses_unchanged() {
 
 #[test]
 fn other_nemo_recipes_parse_unchanged() {
-    for text in [
-        include_str!("recipes/nemo/llama3_2_1b_squad.yaml"),
-        include_str!("recipes/nemo/qwen3_moe_30b_te_chat_thd.yaml"),
-        include_str!("recipes/nemo/mistral_small_4_te_deepep.yaml"),
+    for (text, runs) in [
+        (include_str!("recipes/nemo/llama3_2_1b_squad.yaml"), false),
+        (include_str!("recipes/nemo/qwen3_moe_30b_te_chat_thd.yaml"), false),
+        (include_str!("recipes/nemo/mistral_small_4_te_deepep.yaml"), true),
     ] {
         let recipe = parse(text).unwrap();
-        assert!(!recipe.report.blockers().is_empty());
+        assert_eq!(recipe.report.blockers().is_empty(), runs, "{:?}", recipe.report.blockers());
     }
 }
 
