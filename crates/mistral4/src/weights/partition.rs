@@ -225,10 +225,11 @@ fn pick(data: HostData, runs: &[Range<usize>]) -> HostData {
     fn of<T: Copy>(values: &[T], runs: &[Range<usize>]) -> Vec<T> {
         runs.iter().flat_map(|run| values[run.clone()].iter().copied()).collect()
     }
+    let is_all = |count: usize| matches!(runs, [run] if *run == (0..count));
     match &data {
-        HostData::F32(values) if *runs != [0..values.len()] => HostData::F32(of(values, runs)),
-        HostData::BF16(values) if *runs != [0..values.len()] => HostData::BF16(of(values, runs)),
-        HostData::F16(values) if *runs != [0..values.len()] => HostData::F16(of(values, runs)),
+        HostData::F32(values) if !is_all(values.len()) => HostData::F32(of(values, runs)),
+        HostData::BF16(values) if !is_all(values.len()) => HostData::BF16(of(values, runs)),
+        HostData::F16(values) if !is_all(values.len()) => HostData::F16(of(values, runs)),
         _ => data,
     }
 }
@@ -279,7 +280,8 @@ mod tests {
         assert_eq!(shape(&format!("{attention}.q_a_proj.weight"), &[8, 3]), Some(vec![8, 3]));
         let experts = Partition { tensor: Share::WHOLE, ..partition.clone() };
         let part = experts.part("model.layers.0.mlp.experts.gate_up_proj", &[4, 6, 5]).unwrap();
-        assert_eq!(part.runs(), [0..60], "experts of a rank lie in one piece");
+        let runs = part.runs();
+        assert_eq!((runs.len(), &runs[0]), (1, &(0..60)), "experts of a rank lie in one piece");
         let down = "model.layers.0.mlp.experts.down_proj";
         assert_eq!(shape(down, &[4, 3, 6]), Some(vec![2, 3, 3]));
         assert_eq!(shape("model.layers.0.mlp.shared_experts.down_proj.weight", &[3, 6]), Some(vec![3, 3]));
