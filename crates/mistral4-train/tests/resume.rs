@@ -331,7 +331,7 @@ fn a_save_that_fails_at_any_operation_leaves_the_checkpoint_before_it() {
     let place = Place::new();
     let more = [("step_scheduler.max_steps", "6"), ("checkpoint.max_recent_checkpoints", "1")];
     place.train("whole", &more).unwrap();
-    train_until(&place.recipe("before", &more), 4).unwrap();
+    train_until(&place.recipe("before", &more), 3).unwrap();
     let before = std::fs::read_link(place.path("before/LATEST")).unwrap();
     let stop = AtomicBool::new(false);
     let recipe = place.recipe("cut", &more);

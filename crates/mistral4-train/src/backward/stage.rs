@@ -67,7 +67,7 @@ enum Saved {
     Kept(Box<Kept>),
     /// Inputs of the layers that are still to come, first layer first; the output, then the gradient of the output of the
     /// layer that is next.
-    Recomputed { inputs: Vec<Tensor<2>>, x: Tensor<2> },
+    Recomputed { inputs: Vec<Tensor<2>>, x: Box<Tensor<2>> },
 }
 
 struct Kept {
@@ -182,7 +182,7 @@ impl<'a> Stage<'a> {
                         measured.aux_loss += aux;
                     }
                 }
-                (Saved::Recomputed { inputs, x }, context)
+                (Saved::Recomputed { inputs, x: Box::new(x) }, context)
             }
         };
         Ok(StageForward { run: self.run, prefix: self.model.text_prefix(), context, saved, measured })
@@ -226,7 +226,7 @@ impl StageForward {
     pub fn output(&self) -> Tensor<2> {
         match &self.saved {
             Saved::Kept(kept) => kept.output.clone().inner(),
-            Saved::Recomputed { x, .. } => x.clone(),
+            Saved::Recomputed { x, .. } => x.as_ref().clone(),
         }
     }
 
@@ -247,7 +247,7 @@ impl StageForward {
     ) -> Result<(MicroBatchLoss, Option<Tensor<2>>)> {
         match &mut self.saved {
             Saved::Recomputed { x, .. } => match dy {
-                Some(dy) => *x = dy,
+                Some(dy) => **x = dy,
                 None => self.head(store, batch, scale),
             },
             Saved::Kept(_) => return Ok(self.backward_of_graph(store, batch, dy, scale)),
@@ -293,7 +293,7 @@ impl StageForward {
     /// Where the way back is; activations are recomputed on it.
     fn way_back(&mut self) -> (&mut Vec<Tensor<2>>, &mut Tensor<2>) {
         match &mut self.saved {
-            Saved::Recomputed { inputs, x } => (inputs, x),
+            Saved::Recomputed { inputs, x } => (inputs, x.as_mut()),
             Saved::Kept(_) => unreachable!("a graph is run back as a whole"),
         }
     }

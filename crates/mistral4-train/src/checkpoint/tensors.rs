@@ -68,16 +68,15 @@ pub(super) fn write(
     file.finish()
 }
 
+/// Says which values of a tensor are read, given its key and number of values; `None`: it is left out.
+pub(super) type Runs<'a> = dyn Fn(&str, usize) -> Option<Vec<Range<usize>>> + 'a;
+
 /// Reads the values of every tensor that `runs` names, given its key and number of values, flat; `None`: the tensor is
 /// left out.
 ///
 /// # Errors
 /// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
-pub(super) fn read(
-    path: &Path,
-    device: &Device,
-    runs: &dyn Fn(&str, usize) -> Option<Vec<Range<usize>>>,
-) -> Result<BTreeMap<String, StateTensor>> {
+pub(super) fn read(path: &Path, device: &Device, runs: &Runs<'_>) -> Result<BTreeMap<String, StateTensor>> {
     let unreadable = |source| Error::Read { path: path.to_owned(), source };
     let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
     let mut file = File::open(path).map_err(unreadable)?;
@@ -137,6 +136,8 @@ pub(super) fn read(
 
 #[cfg(test)]
 mod tests {
+    use std::iter::once;
+
     use half::bf16;
 
     use super::*;
@@ -172,7 +173,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let values = written(&path);
-        let back = read(&path, &Device::flex(), &|_, count| Some(vec![0..count])).unwrap();
+        let back = read(&path, &Device::flex(), &|_, count| Some(once(0..count).collect())).unwrap();
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let data = back["a.weight"].to_data();
         assert_eq!(bits(data.as_slice::<f32>().unwrap()), bits(&values));
@@ -180,7 +181,8 @@ mod tests {
         assert_eq!(back["c"].to_data().as_slice::<u8>().unwrap(), [0, 127, 255]);
         assert_eq!(back["d"].dtype(), DType::BF16);
         assert_eq!(back["d"].to_data().as_slice::<bf16>().unwrap()[..2], [1.5, -0.0].map(bf16::from_f32));
-        let part = read(&path, &Device::flex(), &|_, count| Some(vec![count / 3..count / 2])).unwrap();
+        let part =
+            read(&path, &Device::flex(), &|_, count| Some(once(count / 3..count / 2).collect())).unwrap();
         assert_eq!(bits(part["a.weight"].to_data().as_slice::<f32>().unwrap()), bits(&values[2..3]));
         let bytes = std::fs::read(&path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -195,7 +197,7 @@ mod tests {
         let whole = std::fs::read(&path).unwrap();
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            let error = read(&path, &Device::flex(), &|_, count| Some(vec![0..count])).unwrap_err();
+            let error = read(&path, &Device::flex(), &|_, count| Some(once(0..count).collect())).unwrap_err();
             assert!(matches!(error, Error::Damaged { .. }), "{length} bytes: {error}");
         }
     }

@@ -37,7 +37,7 @@ pub fn actions(rank: usize, ranks: usize, chunks: usize, micro_batches: usize) -
     let total = micro_batches * chunks;
     let ahead = match chunks {
         1 => ranks - rank - 1,
-        _ if micro_batches % ranks == 0 => 2 * (ranks - rank - 1) + (chunks - 1) * ranks,
+        _ if micro_batches.is_multiple_of(ranks) => 2 * (ranks - rank - 1) + (chunks - 1) * ranks,
         _ => total,
     };
     let ahead = ahead.min(total);
