@@ -257,9 +257,11 @@ fn train(
         t.steps.push(metrics);
 
         is_interrupted = measured.stop;
-        let validates = t.scheduler.is_val_step(ends_epoch) && !is_interrupted;
+        let validates = t.scheduler.is_val_step(ends_epoch);
         let saves = t.scheduler.is_ckpt_step(ends_epoch);
         t.scheduler.advance(ends_epoch);
+        // A run that goes on validates then; one that was asked to stop in its last step never would.
+        let validates = validates && (!is_interrupted || t.scheduler.is_finished());
         let held_out = if validates { t.validate(at, factors.lr, device, observe)? } else { Vec::new() };
         t.early_stop.see(&held_out);
         ends_early = t.early_stop.verdict();
