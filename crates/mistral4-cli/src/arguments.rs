@@ -38,6 +38,10 @@ pub enum Command {
     Plot(commands::plot::PlotArguments),
     /// Serve the live page of a run, under way or done, to this machine
     Dashboard(commands::dashboard::DashboardArguments),
+    /// Show what training will see
+    Data(commands::data::DataArguments),
+    /// Show what a recipe may hold
+    Recipe(commands::recipe::RecipeArguments),
     /// Continue a prompt or answer a conversation
     Generate(commands::generate::GenerateArguments),
     /// Talk to a model

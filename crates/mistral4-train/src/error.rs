@@ -34,6 +34,29 @@ impl fmt::Display for Location {
     }
 }
 
+/// Where a row stands in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowPlace {
+    /// On this line, counted from 1.
+    Line(usize),
+    /// In a Parquet file, both counted from 0.
+    Parquet {
+        /// The row group.
+        row_group: usize,
+        /// The row of that group.
+        row: usize,
+    },
+}
+
+impl fmt::Display for RowPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RowPlace::Line(line) => write!(f, ":{line}"),
+            RowPlace::Parquet { row_group, row } => write!(f, ": row group {row_group}, row {row}"),
+        }
+    }
+}
+
 /// A setting that a recipe may hold but that this build cannot honour.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blocker {
@@ -297,12 +320,12 @@ pub enum Error {
         expected: String,
     },
     /// A row of a data file is malformed.
-    #[error("{}:{line}: field `{field}`: {message}", path.display())]
+    #[error("{}{place}: field `{field}`: {message}", path.display())]
     Row {
         /// The data file.
         path: PathBuf,
-        /// Line, counted from 1.
-        line: usize,
+        /// Where in it.
+        place: RowPlace,
         /// The field of the row.
         field: String,
         /// What is wrong.

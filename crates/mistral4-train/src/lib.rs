@@ -19,4 +19,4 @@ pub mod setup;
 pub mod tensorboard;
 pub mod trainer;
 
-pub use error::{AcceptedNames, Blocker, Error, Location, Origin, Result};
+pub use error::{AcceptedNames, Blocker, Error, Location, Origin, Result, RowPlace};

@@ -176,7 +176,7 @@ pub struct StepState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepScheduler {
     grad_acc_steps: usize,
-    steps_per_epoch: usize,
+    steps_per_epoch: Option<usize>,
     max_steps: usize,
     num_epochs: usize,
     ckpt_every_steps: usize,
@@ -186,11 +186,12 @@ pub struct StepScheduler {
 }
 
 impl StepScheduler {
-    /// `batches_per_epoch` is how many local batches one rank sees in an epoch; `dp_size` counts those ranks.
+    /// For epochs of so many steps (`None`: streamed data, whose length nobody knows) on `dp_size` data-parallel ranks.
     ///
     /// # Errors
-    /// A global batch size that local batches on `dp_size` ranks do not divide, and an epoch without batches.
-    pub fn new(config: &StepSchedulerConfig, batches_per_epoch: usize, dp_size: usize) -> Result<Self> {
+    /// A global batch size that local batches on `dp_size` ranks do not divide, an epoch without steps, and streamed
+    /// data without `max_steps`.
+    pub fn new(config: &StepSchedulerConfig, steps_per_epoch: Option<usize>, dp_size: usize) -> Result<Self> {
         let (global, local) = (config.global_batch_size, config.local_batch_size);
         let pass = local * dp_size;
         if pass == 0 || global == 0 || !global.is_multiple_of(pass) {
@@ -202,7 +203,7 @@ impl StepScheduler {
                 ),
             });
         }
-        if batches_per_epoch == 0 {
+        if steps_per_epoch == Some(0) {
             return Err(Error::Inconsistent {
                 key: "step_scheduler.local_batch_size".to_owned(),
                 value: local.to_string(),
@@ -210,18 +211,26 @@ impl StepScheduler {
             });
         }
         let grad_acc_steps = global / pass;
-        let steps_per_epoch = batches_per_epoch.div_ceil(grad_acc_steps);
+        let Some(max_steps) =
+            config.max_steps.or_else(|| Some(epochs(config).saturating_mul(steps_per_epoch?)))
+        else {
+            return Err(Error::Inconsistent {
+                key: "step_scheduler.max_steps".to_owned(),
+                value: "null".to_owned(),
+                message: "streamed data does not say how long an epoch is; say how many steps the run takes"
+                    .to_owned(),
+            });
+        };
         let num_epochs = match (config.num_epochs, config.max_steps) {
-            (Some(epochs), _) => epochs,
-            (None, Some(steps)) => steps.div_ceil(steps_per_epoch),
-            (None, None) => 10,
+            (None, Some(steps)) => steps_per_epoch.map_or(usize::MAX, |epoch| steps.div_ceil(epoch)),
+            _ => epochs(config),
         };
         Ok(Self {
             grad_acc_steps,
             steps_per_epoch,
-            max_steps: config.max_steps.unwrap_or(num_epochs.saturating_mul(steps_per_epoch)),
+            max_steps,
             num_epochs,
-            ckpt_every_steps: config.ckpt_every_steps.unwrap_or(steps_per_epoch),
+            ckpt_every_steps: config.ckpt_every_steps.or(steps_per_epoch).unwrap_or(usize::MAX),
             save_checkpoint_every_epoch: config.save_checkpoint_every_epoch,
             val_every_steps: config.val_every_steps,
             state: StepState { step: 0, epoch: 0 },
@@ -233,14 +242,15 @@ impl StepScheduler {
         self.grad_acc_steps
     }
 
-    /// Optimizer steps of an epoch.
-    pub fn steps_per_epoch(&self) -> usize {
+    /// Optimizer steps of an epoch, where they are known.
+    pub fn steps_per_epoch(&self) -> Option<usize> {
         self.steps_per_epoch
     }
 
     /// Optimizer steps of the whole run: what the learning-rate schedule spans.
     pub fn total_steps(&self) -> usize {
-        self.max_steps.min(self.num_epochs.saturating_mul(self.steps_per_epoch))
+        let epochs = self.steps_per_epoch.map_or(usize::MAX, |epoch| self.num_epochs.saturating_mul(epoch));
+        self.max_steps.min(epochs)
     }
 
     /// The step that is next or under way.
@@ -282,6 +292,11 @@ impl StepScheduler {
         self.state.epoch += usize::from(ends_epoch);
         self.state
     }
+}
+
+/// Passes over the data that a recipe without `max_steps` makes.
+fn epochs(config: &StepSchedulerConfig) -> usize {
+    config.num_epochs.unwrap_or(10)
 }
 
 #[cfg(test)]
@@ -425,12 +440,11 @@ mod tests {
     }
 
     /// Runs to the end; returns (step, saves, validates, is last) of each step.
-    fn run(config: &StepSchedulerConfig, batches: usize) -> Vec<(usize, bool, bool, bool)> {
-        let mut scheduler = StepScheduler::new(config, batches, 1).unwrap();
+    fn run(config: &StepSchedulerConfig, epoch: usize) -> Vec<(usize, bool, bool, bool)> {
+        let mut scheduler = StepScheduler::new(config, Some(epoch), 1).unwrap();
         let mut log = Vec::new();
         while !scheduler.is_finished() {
-            let ends =
-                scheduler.state().step % scheduler.steps_per_epoch() == scheduler.steps_per_epoch() - 1;
+            let ends = scheduler.state().step % epoch == epoch - 1;
             let step = scheduler.state().step;
             log.push((
                 step,
@@ -445,8 +459,7 @@ mod tests {
 
     #[test]
     fn saves_and_validations_follow_the_rules() {
-        // 13 batches, 2 a step: 7 steps an epoch, the last of them short.
-        let log = run(&steps(8, 4), 13);
+        let log = run(&steps(8, 4), 7);
         assert_eq!(log.len(), 14);
         let saves: Vec<_> = log.iter().filter(|row| row.1).map(|row| row.0).collect();
         let validations: Vec<_> = log.iter().filter(|row| row.2).map(|row| row.0).collect();
@@ -458,20 +471,30 @@ mod tests {
     #[test]
     fn max_steps_ends_a_run_early_and_counts_epochs() {
         let config = StepSchedulerConfig { max_steps: Some(5), ..steps(8, 4) };
-        assert_eq!(run(&config, 13).len(), 5);
+        assert_eq!(run(&config, 7).len(), 5);
         let config = StepSchedulerConfig { max_steps: Some(20), num_epochs: None, ..steps(8, 4) };
-        let scheduler = StepScheduler::new(&config, 13, 1).unwrap();
+        let scheduler = StepScheduler::new(&config, Some(7), 1).unwrap();
         assert_eq!((scheduler.num_epochs, scheduler.total_steps()), (3, 20));
         let config = StepSchedulerConfig { max_steps: Some(100), ..steps(8, 4) };
-        assert_eq!(StepScheduler::new(&config, 13, 1).unwrap().total_steps(), 14);
+        assert_eq!(StepScheduler::new(&config, Some(7), 1).unwrap().total_steps(), 14);
+    }
+
+    #[test]
+    fn streamed_data_needs_a_number_of_steps() {
+        let message = StepScheduler::new(&steps(8, 4), None, 1).unwrap_err().to_string();
+        assert!(message.contains("step_scheduler.max_steps"), "{message}");
+        let config = StepSchedulerConfig { max_steps: Some(5), ckpt_every_steps: None, ..steps(8, 4) };
+        let scheduler = StepScheduler::new(&config, None, 1).unwrap();
+        assert_eq!((scheduler.total_steps(), scheduler.num_epochs), (5, 2));
+        assert!(!scheduler.is_ckpt_step(false) && scheduler.is_ckpt_step(true));
     }
 
     #[test]
     fn batch_sizes_must_divide() {
-        let message = StepScheduler::new(&steps(10, 4), 13, 1).unwrap_err().to_string();
+        let message = StepScheduler::new(&steps(10, 4), Some(7), 1).unwrap_err().to_string();
         assert!(message.contains("(4 * 1)"), "{message}");
-        assert!(StepScheduler::new(&steps(8, 4), 13, 3).is_err());
-        assert!(StepScheduler::new(&steps(8, 4), 0, 1).is_err());
-        assert_eq!(StepScheduler::new(&steps(16, 4), 13, 2).unwrap().grad_acc_steps(), 2);
+        assert!(StepScheduler::new(&steps(8, 4), Some(7), 3).is_err());
+        assert!(StepScheduler::new(&steps(8, 4), Some(0), 1).is_err());
+        assert_eq!(StepScheduler::new(&steps(16, 4), Some(7), 2).unwrap().grad_acc_steps(), 2);
     }
 }

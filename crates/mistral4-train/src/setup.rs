@@ -14,6 +14,7 @@ use mistral4_checkpoint::config::{Config, ConfigFile, ConfigOptions, SoftmaxScal
 use mistral4_checkpoint::hub::{self, HubOptions};
 use mistral4_checkpoint::weights::{Checkpoint, DType};
 use mistral4_processor::Processor;
+use mistral4_processor::image::ImageProcessor;
 use mistral4_processor::tokenizer::ImageConfig;
 use serde_json::Value;
 
@@ -314,6 +315,51 @@ pub(crate) fn frozen(config: FreezeConfig) -> impl Fn(&str) -> bool {
     }
 }
 
+/// What the data sets of a recipe need to know, without reading or drawing weights or writing anything.
+///
+/// # Errors
+/// Whatever is wrong with the configuration or the tokenizer.
+pub fn data_context(recipe: &Recipe) -> Result<DataContext> {
+    let options = ConfigOptions { softmax_scale: recipe.model.softmax_scale.map(policy) };
+    let (config, folder) = match &recipe.model.source {
+        ModelSource::FromConfig(name) => read_config(name, &options)?,
+        ModelSource::Pretrained(name) => {
+            let folder = hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?;
+            (ConfigFile::read(&folder, &options)?, Some(folder))
+        }
+    };
+    let processor = match &recipe.dataset.tokenizer {
+        TokenizerSource::Model => read_processor(folder.as_deref())?,
+        TokenizerSource::Path(name) => {
+            read_processor(Some(&hub::resolve(name, &HubOptions::from_env(), &mut |_| {})?))?
+        }
+        TokenizerSource::Learned { vocab_size } => {
+            let tokenizer =
+                learn_tokenizer(&recipe.dataset, *vocab_size, image_config(&config))?.tokenizer()?;
+            let images = tokenizer.image_config().map(|config| ImageProcessor::new(config.into()));
+            Some(Arc::new(Processor::new(tokenizer, images)))
+        }
+    };
+    let vocab_size = config.config.text.vocab_size;
+    Ok(DataContext { processor, vocab_size, seed: recipe.rng.seed })
+}
+
+/// The image settings that a learned tokenizer gets.
+fn image_config(config: &ConfigFile) -> Option<ImageConfig> {
+    config.config.vision.as_ref().map(|vision| ImageConfig {
+        image_patch_size: vision.vision_config.patch_size,
+        max_image_size: vision.vision_config.image_size,
+        spatial_merge_size: vision.spatial_merge_size,
+    })
+}
+
+/// Tokenizer and image processor of a folder; `None` where it has none, which data that needs one says when it is opened.
+fn read_processor(folder: Option<&Path>) -> Result<Option<Arc<Processor>>> {
+    let has_tokenizer =
+        |folder: &&Path| ["tekken.json", "tokenizer.json"].iter().any(|name| folder.join(name).is_file());
+    folder.filter(has_tokenizer).map(|folder| Ok(Arc::new(Processor::from_dir(folder)?))).transpose()
+}
+
 /// The tokenizer that the training data asks for, and the folder with its files.
 fn processor(
     recipe: &Recipe,
@@ -337,14 +383,7 @@ fn processor(
             Some(folder)
         }
     };
-    let has_tokenizer =
-        |folder: &PathBuf| ["tekken.json", "tokenizer.json"].iter().any(|name| folder.join(name).is_file());
-    let processor = match folder.as_ref().filter(|folder| has_tokenizer(folder)) {
-        Some(folder) => Some(Arc::new(Processor::from_dir(folder)?)),
-        // Data that needs a tokenizer says so when it is opened.
-        None => None,
-    };
-    Ok((processor, folder))
+    Ok((read_processor(folder.as_deref())?, folder))
 }
 
 /// Writes the vocabulary of a run: learned, or kept by the checkpoint that it goes on from.
@@ -361,10 +400,5 @@ fn write_vocabulary(
         let bytes = std::fs::read(&kept).map_err(|source| Error::Read { path: kept, source })?;
         return std::fs::write(file, bytes).map_err(|source| Error::Write { path: file.to_owned(), source });
     }
-    let image = config.config.vision.as_ref().map(|vision| ImageConfig {
-        image_patch_size: vision.vision_config.patch_size,
-        max_image_size: vision.vision_config.image_size,
-        spatial_merge_size: vision.spatial_merge_size,
-    });
-    Ok(learn_tokenizer(&recipe.dataset, vocab_size, image)?.write(file)?)
+    Ok(learn_tokenizer(&recipe.dataset, vocab_size, image_config(config))?.write(file)?)
 }

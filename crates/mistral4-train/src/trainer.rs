@@ -15,7 +15,7 @@ use mistral4::weights::is_adapter;
 
 use crate::backward::{Activations, Gradients};
 use crate::checkpoint::{Completed, Disk, Losses, ModelFiles, Saver, Snapshot};
-use crate::data::{Loader, StepBatches};
+use crate::data::Loader;
 use crate::early_stop::EarlyStop;
 use crate::error::Result;
 use crate::guard::{Guard, StepOutcome, Verdict};
@@ -26,10 +26,10 @@ use crate::plot::{Curve, RunPlot};
 use crate::recipe::Recipe;
 use crate::schedule::{LrSchedule, StepScheduler, StepState};
 use crate::setup::Setup;
-use measure::{HeldModel, count, subtitle, validate};
+use measure::{HeldModel, count, data_metrics, subtitle, validate};
 use ranks::StepCounts;
 use record::{Recorder, Utilization, load_metrics, note_failure};
-use step::{OwnBatches, update_on_the_way};
+use step::update_on_the_way;
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -106,6 +106,8 @@ struct Training {
     setup: Setup,
     optimizer: Optimizer,
     loader: Loader,
+    /// Rows of the training data that were left out and reported.
+    noted_skipped: usize,
     held_out: Vec<HeldOut>,
     scheduler: StepScheduler,
     schedule: LrSchedule,
@@ -187,7 +189,9 @@ fn train(
         let started = Instant::now();
         let at = t.scheduler.state();
         let waited = t.mesh.world.waited();
-        let mut next = t.next_step()?;
+        let mut next = t.loader.next_step()?;
+        let data_wait = next.data_wait;
+        t.note_skipped(observe);
         let ends_epoch = next.ends_epoch;
         let counts = StepCounts::of(&next.batches).together(&t.mesh);
 
@@ -203,7 +207,7 @@ fn train(
             t.setup.model = model;
             (measured, Some(norm))
         } else {
-            (t.accumulate(next, counts, &mut gradients, device)?, None)
+            (t.accumulate(next.batches, counts, &mut gradients, device)?, None)
         };
         t.setup.dropout.end();
         let mut gradients = gradients.parts;
@@ -220,6 +224,7 @@ fn train(
         factors.grad_scale = clip_coefficient(grad_norm, recipe.max_grad_norm);
         let mut more = load_metrics(&measured.losses);
         more.extend(measured.time_metrics(&t.rank_names));
+        more.extend(data_metrics(data_wait, t.loader.skipped()));
         if let Verdict::Skip(reason, _) = verdict {
             more.insert("skipped".into(), reason.into());
             more.insert("skipped_steps".into(), t.guard.state().skipped_steps.into());
@@ -273,21 +278,6 @@ fn train(
 }
 
 impl Training {
-    /// This rank's micro-batches of the next step. Where ranks share parameters or experts, and so pass over the model
-    /// together, one that has a micro-batch less than others, in a short step at the end of an epoch, also gets one to
-    /// run along with in silence.
-    fn next_step(&mut self) -> Result<OwnBatches> {
-        let (rank, ranks) = (self.mesh.data.rank(), self.mesh.data.size());
-        let StepBatches { mut batches, ends_epoch } =
-            self.loader.next_step(self.scheduler.grad_acc_steps() * ranks)?;
-        let has_less = batches.len() % ranks != 0 && rank >= batches.len() % ranks;
-        let runs_along = self.sharding.is_some() || self.mesh.shape.ep > 1;
-        let silent = batches.last().filter(|_| has_less && runs_along).cloned();
-        let mut index = 0..;
-        batches.retain(|_| index.next().is_some_and(|index: usize| index % ranks == rank));
-        Ok(OwnBatches { batches, silent, ends_epoch })
-    }
-
     /// Sums gradients over ranks with other data: those of the model's parameters over the ranks that keep the same
     /// values; those of adapters, which are whole everywhere, over all.
     fn reduce(&self, gradients: &mut Gradients, device: &Device) {

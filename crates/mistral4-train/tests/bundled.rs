@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mistral4_processor::Processor;
 use mistral4_processor::image::ImageProcessor;
 use mistral4_processor::tokenizer::ImageConfig;
-use mistral4_train::data::{self, DataContext, Loader, LoaderOptions};
+use mistral4_train::data::{self, DataContext, DataRank, Loader, LoaderOptions};
 use mistral4_train::recipe::{DatasetConfig, ModelSource, Recipe, TokenizerSource};
 use mistral4_train::schedule::{LrSchedule, StepScheduler};
 
@@ -47,8 +47,8 @@ fn open(recipe: &Recipe) -> (Loader, Loader) {
     let training = data::open(&recipe.dataset, &context).unwrap();
     let validation = data::open(held_out, &context).unwrap();
     (
-        Loader::new(training, LoaderOptions::training(recipe, 11)).unwrap(),
-        Loader::new(validation, LoaderOptions::validation(recipe, held_out, 11)).unwrap(),
+        Loader::new(training, LoaderOptions::training(recipe, 11), DataRank::SINGLE).unwrap(),
+        Loader::new(validation, LoaderOptions::validation(recipe, held_out, 11), DataRank::SINGLE).unwrap(),
     )
 }
 
@@ -56,12 +56,12 @@ fn check(name: &str) -> (Recipe, Loader, Loader) {
     let recipe = recipe(name);
     recipe.check_runnable().unwrap();
     let (mut training, mut validation) = open(&recipe);
-    let scheduler = StepScheduler::new(&recipe.step_scheduler, training.batches_per_epoch(), 1).unwrap();
+    let scheduler = StepScheduler::new(&recipe.step_scheduler, training.steps_per_epoch(), 1).unwrap();
     LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, scheduler.total_steps()).unwrap();
     assert_eq!(scheduler.total_steps(), recipe.step_scheduler.max_steps.unwrap());
-    let step = training.next_step(scheduler.grad_acc_steps()).unwrap();
+    let step = training.next_step().unwrap();
     assert_eq!(step.batches.len(), scheduler.grad_acc_steps());
-    assert!(step.num_label_tokens() > 0 && validation.next_batch().unwrap().unwrap().num_label_tokens > 0);
+    assert!(step.num_label_tokens() > 0 && validation.next_step().unwrap().num_label_tokens() > 0);
     (recipe, training, validation)
 }
 
@@ -69,13 +69,24 @@ fn check(name: &str) -> (Recipe, Loader, Loader) {
 fn digits_recipe_makes_batches() {
     let (recipe, training, validation) = check("digits_vlm.yaml");
     assert!(recipe.model.multimodal);
-    assert_eq!((training.num_samples() % 1437, validation.num_samples()), (0, 360));
+    assert_eq!((training.num_samples().unwrap() % 1437, validation.num_samples()), (0, Some(360)));
 }
 
 #[test]
 fn text_recipe_makes_batches() {
-    let (_, training, validation) = check("text_pretrain_tiny.yaml");
-    assert!(training.num_samples() > 500 && validation.num_samples() > 20);
+    let (_, mut training, mut validation) = check("text_pretrain_tiny.yaml");
+    for (loader, least) in [(&mut training, 500), (&mut validation, 20)] {
+        loader.restart();
+        let mut samples = 0;
+        loop {
+            let step = loader.next_step().unwrap();
+            samples += step.batches.iter().map(|batch| batch.rows.len()).sum::<usize>();
+            if step.ends_epoch {
+                break;
+            }
+        }
+        assert!(samples > least, "{samples}");
+    }
 }
 
 #[test]

@@ -43,7 +43,7 @@ fn the_example_recipe_runs_with_its_two_paths() {
     assert_eq!((recipe.rng.seed, recipe.grad_acc_steps(), recipe.max_grad_norm), (1, 1, Some(1.0)));
     assert_eq!(recipe.packed_sequence, None);
     assert_eq!((recipe.optimizer.betas, recipe.optimizer.eps), ([0.9, 0.95], 1e-8));
-    let scheduler = StepScheduler::new(&recipe.step_scheduler, 40, 1).unwrap();
+    let scheduler = StepScheduler::new(&recipe.step_scheduler, Some(40), 1).unwrap();
     assert_eq!(scheduler.total_steps(), 30);
     let lr = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, 30).unwrap();
     assert_eq!((lr.lr(0), lr.lr(5), lr.lr(29)), (1e-4, 1e-3, 1e-3));

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod convert;
 pub mod dashboard;
+pub mod data;
 pub mod forward;
 pub mod generate;
 pub mod init;
@@ -12,6 +13,7 @@ pub mod merge;
 pub mod plot;
 mod prompt;
 pub mod quickstart;
+pub mod recipe;
 pub mod tokenize;
 pub mod train;
 
@@ -44,6 +46,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Train(train) => train::run(&train, arguments.threads),
         Command::Plot(arguments) => plot::run(&arguments),
         Command::Dashboard(arguments) => dashboard::run(&arguments),
+        Command::Data(arguments) => data::run(&arguments),
+        Command::Recipe(arguments) => recipe::run(&arguments),
     }
 }
 

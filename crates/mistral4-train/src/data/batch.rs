@@ -93,6 +93,21 @@ impl Batch {
         out
     }
 
+    /// One token that counts nowhere: what a rank passes through the model when others have a batch left and it has none.
+    pub fn filler(pad_id: u32) -> Self {
+        Self {
+            input_ids: vec![pad_id],
+            labels: vec![IGNORE_INDEX],
+            position_ids: vec![0],
+            ..Self::empty(BatchLayout::Rows { batch: 1, sequence: 1 }, Vec::new())
+        }
+    }
+
+    /// Whether it is a filler.
+    pub fn is_filler(&self) -> bool {
+        self.num_tokens == 0
+    }
+
     fn empty(layout: BatchLayout, rows: Vec<usize>) -> Self {
         Self {
             input_ids: Vec::new(),

@@ -9,41 +9,23 @@ use std::sync::Arc;
 use mistral4_processor::json::Json;
 use mistral4_processor::{ChatRequest, Processor, RenderOptions, Rendered, ValidationMode};
 
-use super::jsonl::{JsonlFiles, Line};
-use super::{Dataset, IGNORE_INDEX, Sample};
-use crate::error::{Error, Result};
+use super::row::{Row, RowForm};
+use super::{IGNORE_INDEX, Sample, images};
+use crate::error::Result;
 use crate::recipe::ChatDatasetConfig;
 
 /// Rows of conversations, rendered in the chat form of the tokenizer; the assistant's turns are learned.
-pub struct ChatDataset {
-    rows: JsonlFiles,
-    first: usize,
-    count: usize,
-    processor: Arc<Processor>,
-    config: ChatDatasetConfig,
+pub(crate) struct ChatForm {
+    pub(crate) config: ChatDatasetConfig,
+    pub(crate) processor: Arc<Processor>,
 }
 
-impl ChatDataset {
-    /// Opens the files.
-    ///
-    /// # Errors
-    /// Files that cannot be read or hold no row, and a split that leaves no row.
-    pub fn open(config: &ChatDatasetConfig, processor: Arc<Processor>) -> Result<Self> {
-        let rows = JsonlFiles::open(&config.paths)?;
-        let first = config.rows.0.unwrap_or(0).min(rows.len());
-        let end = config.rows.1.unwrap_or(rows.len()).min(rows.len());
-        if end <= first {
-            let message = format!("the split leaves no row of {}", rows.len());
-            return Err(Error::Dataset { path: config.paths[0].clone(), message });
-        }
-        Ok(Self { first, count: end - first, rows, processor, config: config.clone() })
-    }
-
-    fn render(&self, line: &Line) -> Result<Rendered> {
-        let request = request(line)?;
+impl RowForm for ChatForm {
+    fn sample(&self, row: Row) -> Result<Sample> {
+        let request = request(&row)?;
         let base_dir = match &self.config.media_dir {
             Some(folder) => folder.clone(),
-            None => line.path.parent().map_or_else(PathBuf::new, PathBuf::from),
+            None => row.path.parent().map_or_else(PathBuf::new, PathBuf::from),
         };
         let options = RenderOptions {
             mode: ValidationMode::Finetuning,
@@ -52,23 +34,12 @@ impl ChatDataset {
             mask_reasoning_content: self.config.mask_reasoning_content,
         };
         let rendered = self.processor.render(&request, &[], &options);
-        rendered.map_err(|error| line.error("messages", error.to_string()))
-    }
-}
-
-impl Dataset for ChatDataset {
-    fn len(&self) -> usize {
-        self.count
-    }
-
-    fn get(&self, index: usize) -> Result<Sample> {
-        let line = self.rows.line(self.first + index)?;
-        let mut rendered = self.render(&line)?;
+        let mut rendered = rendered.map_err(|error| row.error("messages", error.to_string()))?;
         let longest = self.config.seq_length.filter(|_| self.config.truncation).unwrap_or(usize::MAX);
         if rendered.ids.len() > longest {
             if !rendered.images.is_empty() {
                 let message = format!("{} tokens, and a row with images cannot be cut", rendered.ids.len());
-                return Err(line.error("messages", message));
+                return Err(row.error("messages", message));
             }
             rendered.ids.truncate(longest);
             rendered.mask.truncate(longest);
@@ -92,38 +63,48 @@ impl Sample {
 }
 
 /// The conversation of a row, whichever of the three names it goes by.
-fn request(line: &Line) -> Result<ChatRequest> {
-    let row = Json::parse(&line.text).map_err(|error| line.error("(row)", error.to_string()))?;
-    let Json::Object(mut row) = row else {
-        return Err(line.error("(row)", format!("must be an object, not {}", row.type_name())));
-    };
-    for key in ["image", "images", "video", "videos", "audio", "audios"] {
-        if row.get(key).is_some_and(|value| !value.is_null()) {
-            let message = "images belong in a message's content: {\"type\": \"image\", \"path\": ..}";
-            return Err(line.error(key, message));
-        }
-    }
+fn request(row: &Row) -> Result<ChatRequest> {
     let name = ["messages", "conversations", "conversation"]
         .into_iter()
-        .find(|name| row.get(*name).is_some_and(|value| !value.is_null()));
-    let messages = match name {
-        None => return Err(line.error("messages", "is missing (or ShareGPT's `conversations`)")),
-        Some("conversations") => share_gpt(line, &row["conversations"])?,
-        Some(name) => row[name].clone(),
+        .find(|name| row.value.get(name).is_some_and(|value| !value.is_null()));
+    let Some(name) = name else {
+        return Err(row.error("messages", "is missing (or ShareGPT's `conversations`)"));
     };
-    row.insert("messages".to_owned(), messages);
-    if let Some(Json::String(text)) = row.get("tools") {
-        let tools = Json::parse(text)
-            .map_err(|error| line.error("tools", format!("a string that is not JSON: {error}")))?;
-        row.insert("tools".to_owned(), tools);
+    let mut messages = json_column(row, name)?;
+    let is_share_gpt = |turn: &Json| turn.get("from").is_some() || turn.get("value").is_some();
+    let share_gpt_rows = match &messages {
+        Json::Array(turns) => turns.iter().any(is_share_gpt),
+        _ => name == "conversations",
+    };
+    if share_gpt_rows {
+        messages = share_gpt(row, &messages)?;
     }
-    ChatRequest::from_value(&Json::Object(row)).map_err(|error| line.error("messages", error.to_string()))
+    let mut request = vec![("messages".to_owned(), images::place(row, messages)?)];
+    if row.value.get("tools").is_some_and(|tools| !tools.is_null()) {
+        request.push(("tools".to_owned(), json_column(row, "tools")?));
+    }
+    for key in ["reasoning_effort", "continue_final_message", "response_format"] {
+        request.extend(row.value.get(key).map(|value| (key.to_owned(), value.clone())));
+    }
+    let request = Json::Object(request.into_iter().collect());
+    ChatRequest::from_value(&request).map_err(|error| row.error("messages", error.to_string()))
+}
+
+/// A column that holds JSON, or its text.
+fn json_column(row: &Row, name: &str) -> Result<Json> {
+    match &row.value.get(name) {
+        Some(Json::String(text)) => {
+            Json::parse(text).map_err(|error| row.error(name, format!("a string that is not JSON: {error}")))
+        }
+        Some(value) => Ok((*value).clone()),
+        None => Ok(Json::Null),
+    }
 }
 
 /// ShareGPT's `[{from, value}]` as messages.
-fn share_gpt(line: &Line, turns: &Json) -> Result<Json> {
+fn share_gpt(row: &Row, turns: &Json) -> Result<Json> {
     let Json::Array(turns) = turns else {
-        return Err(line.error("conversations", format!("must be a list, not {}", turns.type_name())));
+        return Err(row.error("conversations", format!("must be a list, not {}", turns.type_name())));
     };
     let messages = turns.iter().enumerate().map(|(i, turn)| {
         let from = turn.get("from").or_else(|| turn.get("role")).and_then(Json::as_str).unwrap_or("nobody");
@@ -134,11 +115,11 @@ fn share_gpt(line: &Line, turns: &Json) -> Result<Json> {
             other => {
                 let message =
                     format!("`{other}` is none of system, human, user, gpt, assistant, chatgpt, model, bot");
-                return Err(line.error(format!("conversations[{i}].from"), message));
+                return Err(row.error(format!("conversations[{i}].from"), message));
             }
         };
         let Some(value) = turn.get("value").or_else(|| turn.get("content")) else {
-            return Err(line.error(format!("conversations[{i}].value"), "is missing"));
+            return Err(row.error(format!("conversations[{i}].value"), "is missing"));
         };
         let role = Json::String(role.to_owned());
         Ok(Json::Object(
@@ -151,6 +132,7 @@ fn share_gpt(line: &Line, turns: &Json) -> Result<Json> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::{DataSource, Dataset, row};
     use mistral4_processor::SpecialTokens;
     use mistral4_processor::image::{ImageProcessor, ImageProcessorConfig};
     use mistral4_processor::tokenizer::TekkenBuilder;
@@ -170,7 +152,7 @@ mod tests {
         folder: &tempfile::TempDir,
         rows: &str,
         change: impl Fn(&mut ChatDatasetConfig),
-    ) -> Result<ChatDataset> {
+    ) -> Result<Arc<dyn Dataset>> {
         let path = folder.path().join("chat.jsonl");
         std::fs::write(&path, rows).unwrap();
         let mut config = ChatDatasetConfig {
@@ -183,14 +165,18 @@ mod tests {
             media_dir: None,
         };
         change(&mut config);
-        ChatDataset::open(&config, processor())
+        let (paths, rows) = (config.paths.clone(), config.rows);
+        match row::open(&paths, rows, Arc::new(ChatForm { config, processor: processor() }))? {
+            DataSource::Indexed(data) => Ok(data),
+            DataSource::Streamed(_) => panic!("JSONL is indexed"),
+        }
     }
 
     /// What a sample learns, as text.
-    fn learned(dataset: &ChatDataset, index: usize) -> String {
+    fn learned(dataset: &Arc<dyn Dataset>, index: usize) -> String {
         let labels = dataset.get(index).unwrap().labels;
         let ids: Vec<u32> = labels.iter().filter(|&&label| label >= 0).map(|&label| label as u32).collect();
-        dataset.processor.tokenizer().decode(&ids, SpecialTokens::Keep).unwrap()
+        processor().tokenizer().decode(&ids, SpecialTokens::Keep).unwrap()
     }
 
     const TWO_TURNS: &str = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]}"#;
@@ -259,13 +245,75 @@ mod tests {
         assert!(cut.get(0).unwrap_err().to_string().contains("cannot be cut"));
     }
 
+    /// However a row names its image, it is the same sample.
+    #[test]
+    fn images_stand_in_parts_in_columns_or_at_markers() {
+        let folder = tempfile::tempdir().unwrap();
+        let picture = folder.path().join("dot.png");
+        image::GrayImage::new(16, 8).save(&picture).unwrap();
+        let bytes = base64(&std::fs::read(&picture).unwrap());
+        let answer = r#"{"role": "assistant", "content": "dot"}"#;
+        let parts = |image: &str| {
+            format!(
+                r#""messages": [{{"role": "user", "content": [{image}, {{"type": "text", "text": "what?"}}]}}, {answer}]"#
+            )
+        };
+        let text = |text: &str| format!(r#""messages": [{{"role": "user", "content": "{text}"}}, {answer}]"#);
+        let bare = parts(r#"{"type": "image"}"#);
+        let rows = [
+            parts(r#"{"type": "image", "path": "dot.png"}"#),
+            parts(r#"{"type": "image", "image": "dot.png"}"#),
+            parts(&format!(r#"{{"type": "image", "image": "{bytes}"}}"#)),
+            parts(&format!(r#"{{"type": "image", "image": {{"bytes": "{bytes}", "path": null}}}}"#)),
+            parts(&format!(
+                r#"{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,{bytes}"}}}}"#
+            )),
+            format!(r#"{bare}, "image": "dot.png""#),
+            format!(r#"{bare}, "images": [{{"bytes": "{bytes}", "path": "x.png"}}]"#),
+            format!(r#"{}, "images": ["dot.png"]"#, text(r"<image>\nwhat?")),
+            format!(r#"{}, "image": {{"path": "dot.png"}}"#, text("what?")),
+            r#""conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "dot"}], "image": "dot.png""#.to_owned(),
+        ];
+        let text: String = rows.iter().map(|row| format!("{{{row}}}\n")).collect();
+        let data = dataset(&folder, &text, |_| ()).unwrap();
+        let first = data.get(0).unwrap();
+        assert_eq!(first.images.len(), 1);
+        for (index, row) in rows.iter().enumerate() {
+            assert_eq!(data.get(index).unwrap(), first, "{row}");
+        }
+    }
+
+    fn base64(bytes: &[u8]) -> String {
+        const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let mut text = String::new();
+        for group in bytes.chunks(3) {
+            let bits =
+                group.iter().fold(0u32, |bits, &byte| bits << 8 | u32::from(byte)) << (8 * (3 - group.len()));
+            for digit in 0..4 {
+                let value = (bits >> (18 - 6 * digit)) & 63;
+                text.push(if digit <= group.len() { char::from(DIGITS[value as usize]) } else { '=' });
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn messages_may_be_a_json_string() {
+        let folder = tempfile::tempdir().unwrap();
+        let messages = &TWO_TURNS[r#"{"messages": "#.len()..TWO_TURNS.len() - 1];
+        let quoted = serde_json::to_string(messages).unwrap();
+        let rows = dataset(&folder, &format!("{TWO_TURNS}\n{{\"messages\": {quoted}}}"), |_| ()).unwrap();
+        assert_eq!(rows.get(0).unwrap(), rows.get(1).unwrap());
+    }
+
     #[test]
     fn malformed_rows_name_line_and_field() {
         for (row, want) in [
             ("[]", "field `(row)`: must be an object"),
             ("{", "field `(row)`: "),
             ("{}", "field `messages`: is missing"),
-            (r#"{"messages": "hi"}"#, "field `messages`: malformed request: `messages` must be a list"),
+            (r#"{"messages": "hi"}"#, "field `messages`: a string that is not JSON"),
+            (r#"{"messages": {}}"#, "field `messages`: malformed request: `messages` must be a list"),
             (r#"{"messages": [{"role": "robot", "content": "x"}]}"#, "unknown message role \"robot\""),
             (
                 r#"{"messages": [{"role": "user", "content": "x"}]}"#,
@@ -277,7 +325,24 @@ mod tests {
             ),
             (r#"{"conversations": [{"from": "human"}]}"#, "field `conversations[0].value`: is missing"),
             (r#"{"conversations": 3}"#, "field `conversations`: must be a list"),
-            (r#"{"messages": [], "image": "x.png"}"#, "field `image`: images belong in a message's content"),
+            (r#"{"messages": [], "image": "x.png"}"#, "field `images`: no user message to put them in"),
+            (
+                r#"{"messages": [{"role": "user", "content": "<image><image>"}], "image": "x.png"}"#,
+                "field `images`: 1 images for 2 places",
+            ),
+            (r#"{"messages": [], "image": 3}"#, "field `image`: an image is a path, a data URL"),
+            (
+                r#"{"messages": [], "videos": ["a.mp4"]}"#,
+                "field `videos`: the model sees images and text only",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}]}"#,
+                "field `messages[0].content[0]`: `https://a.b/c.png`: images are not fetched",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]}"#,
+                "field `messages[0].content[0]`: `http://a`: images are not fetched",
+            ),
             (r#"{"messages": [], "tools": "[{"}"#, "field `tools`: a string that is not JSON"),
         ] {
             let folder = tempfile::tempdir().unwrap();

@@ -3,22 +3,24 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use mistral4_processor::json::Json;
 use serde_json::value::RawValue;
 
-use crate::error::{Error, Result};
+use super::row::Row;
+use crate::error::{Error, Result, RowPlace};
 
 /// Longest line, in bytes: a longer one is no row.
-const MAX_LINE: u64 = 1 << 28;
+pub(super) const MAX_LINE: u64 = 1 << 28;
 
 /// Every non-empty line of some JSONL files; a `.json` file that holds one list is one row an element.
 pub(crate) struct JsonlFiles {
-    files: Vec<(PathBuf, Mutex<File>)>,
-    rows: Vec<Row>,
+    files: Vec<(Arc<PathBuf>, Mutex<File>)>,
+    rows: Vec<Span>,
 }
 
-struct Row {
+struct Span {
     file: usize,
     line: usize,
     start: u64,
@@ -27,7 +29,7 @@ struct Row {
 
 /// One row's text and where it stands.
 pub(crate) struct Line {
-    pub(crate) path: PathBuf,
+    pub(crate) path: Arc<PathBuf>,
     pub(crate) number: usize,
     pub(crate) text: String,
 }
@@ -35,10 +37,21 @@ pub(crate) struct Line {
 impl Line {
     pub(crate) fn error(&self, field: impl Into<String>, message: impl Into<String>) -> Error {
         Error::Row {
-            path: self.path.clone(),
-            line: self.number,
+            path: self.path.as_ref().clone(),
+            place: RowPlace::Line(self.number),
             field: field.into(),
             message: message.into(),
+        }
+    }
+
+    /// Reads the row.
+    pub(crate) fn row(self) -> Result<Row> {
+        match Json::parse(&self.text) {
+            Ok(value @ Json::Object(_)) => {
+                Ok(Row { path: self.path, place: RowPlace::Line(self.number), value })
+            }
+            Ok(other) => Err(self.error("(row)", format!("must be an object, not {}", other.type_name()))),
+            Err(error) => Err(self.error("(row)", error.to_string())),
         }
     }
 
@@ -100,11 +113,11 @@ impl JsonlFiles {
                 return Err(Error::Dataset { path: path.to_owned(), message });
             }
             if text.iter().any(|byte| !byte.is_ascii_whitespace()) {
-                self.rows.push(Row { file: self.files.len(), line, start, length });
+                self.rows.push(Span { file: self.files.len(), line, start, length });
             }
             start += length;
         }
-        self.files.push((path.to_owned(), Mutex::new(file)));
+        self.files.push((Arc::new(path.to_owned()), Mutex::new(file)));
         Ok(())
     }
 
@@ -124,7 +137,7 @@ impl JsonlFiles {
             let start = element.as_ptr() as usize - text.as_ptr() as usize;
             line += text[counted..start].matches('\n').count();
             counted = start;
-            self.rows.push(Row {
+            self.rows.push(Span {
                 file: self.files.len(),
                 line,
                 start: start as u64,
@@ -132,7 +145,7 @@ impl JsonlFiles {
             });
         }
         let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        self.files.push((path.to_owned(), Mutex::new(file)));
+        self.files.push((Arc::new(path.to_owned()), Mutex::new(file)));
         Ok(())
     }
 
@@ -140,11 +153,16 @@ impl JsonlFiles {
         self.rows.len()
     }
 
+    /// A row.
+    pub(crate) fn row(&self, index: usize) -> Result<Row> {
+        self.line(index)?.row()
+    }
+
     /// The text of a row.
     pub(crate) fn line(&self, index: usize) -> Result<Line> {
         let row = &self.rows[index];
         let (path, file) = &self.files[row.file];
-        let failed = |source| Error::Read { path: path.clone(), source };
+        let failed = |source| Error::Read { path: path.as_ref().clone(), source };
         let mut bytes = vec![0; row.length as usize];
         {
             // A poisoned lock only means that another thread panicked between seek and read; both are redone here.
@@ -155,8 +173,8 @@ impl JsonlFiles {
         match String::from_utf8(bytes) {
             Ok(text) => Ok(Line { path: path.clone(), number: row.line, text: text.trim_end().to_owned() }),
             Err(_) => Err(Error::Row {
-                path: path.clone(),
-                line: row.line,
+                path: path.as_ref().clone(),
+                place: RowPlace::Line(row.line),
                 field: "(row)".to_owned(),
                 message: "not UTF-8 text".to_owned(),
             }),

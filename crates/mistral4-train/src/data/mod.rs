@@ -1,27 +1,40 @@
 //! From files to batches: data sets, a seeded and resumable order, padding or packing.
 //!
-//! A [`Dataset`] gives one [`Sample`] for an index; a [`Loader`] decides which indices make a [`Batch`].
+//! A [`Dataset`] gives one [`Sample`] for an index, a [`StreamDataset`] gives them one after another; a [`Loader`] decides
+//! which of them make a [`Batch`].
 
 mod batch;
 mod chat;
+mod documents;
+mod images;
+mod indexed;
+mod instruction;
 mod jsonl;
 mod loader;
 mod mock;
 pub mod optdigits;
 mod order;
+mod parquet;
+mod paths;
+mod prefetch;
 mod pretokenized;
+mod row;
 mod source;
+mod step;
+mod stream;
 mod text;
+mod windows;
 
 use std::sync::Arc;
 
 pub use batch::{Batch, BatchLayout};
-pub use chat::ChatDataset;
-pub use loader::{Loader, LoaderOptions, LoaderState, Skipped, StepBatches};
+pub use loader::{DataRank, Loader, LoaderOptions, LoaderState, Skipped, StepBatches};
 pub use mock::MockDataset;
+pub(crate) use order::SplitMix64;
 pub use pretokenized::PretokenizedJsonl;
-pub use source::{DataContext, learn_tokenizer, open};
-pub use text::TextDataset;
+pub use row::Row;
+pub use source::{DataContext, guess_target, learn_tokenizer, open};
+pub use stream::{SampleStream, StreamDataset, StreamPlace, StreamedSample};
 
 use mistral4_processor::ProcessedImage;
 
@@ -85,4 +98,13 @@ pub trait Dataset: Send + Sync {
     fn tokens(&self, index: usize) -> Result<usize> {
         Ok(self.get(index)?.input_ids.len())
     }
+}
+
+/// A data set of either kind.
+#[derive(Clone)]
+pub enum DataSource {
+    /// Samples by index: every epoch has an order of all of them.
+    Indexed(Arc<dyn Dataset>),
+    /// Samples one after another: an order within windows.
+    Streamed(Arc<dyn StreamDataset>),
 }

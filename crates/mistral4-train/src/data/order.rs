@@ -1,5 +1,10 @@
 //! Which samples make which rows, the same for the same seed and epoch on every machine.
 
+/// Sets the order of a stream's parts apart from that of indexed rows.
+pub(crate) const STREAM_PARTS: u64 = 0x7061_7274_7300_0000;
+/// Sets the order within a window of a stream apart from both.
+pub(crate) const STREAM_WINDOW: u64 = 0x7769_6e64_6f77_0000;
+
 /// The rows of one epoch, each a list of sample indices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {

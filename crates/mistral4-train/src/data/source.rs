@@ -1,12 +1,18 @@
 //! From a recipe's `dataset` section to the data set itself.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use mistral4_processor::Processor;
 use mistral4_processor::tokenizer::{ImageConfig, TekkenBuilder, TekkenFile};
 
+use super::chat::ChatForm;
+use super::instruction::InstructionForm;
+use super::jsonl::JsonlFiles;
 use super::optdigits::{self, OptDigitsDataset};
-use super::{ChatDataset, Dataset, LoaderOptions, MockDataset, PretokenizedJsonl, TextDataset};
+use super::parquet::ParquetFiles;
+use super::text::TextDataset;
+use super::{DataSource, Dataset, LoaderOptions, MockDataset, PretokenizedJsonl, paths, row};
 use crate::error::{Error, Result};
 use crate::recipe::{DatasetConfig, DatasetSection, Recipe};
 
@@ -26,7 +32,7 @@ pub struct DataContext {
 /// # Errors
 /// Files that cannot be read, a data set that needs a tokenizer where there is none, and data sets that this build
 /// cannot fetch (which [`Recipe::check_runnable`] names first).
-pub fn open(section: &DatasetSection, context: &DataContext) -> Result<Arc<dyn Dataset>> {
+pub fn open(section: &DatasetSection, context: &DataContext) -> Result<DataSource> {
     let processor = || {
         context.processor.clone().ok_or_else(|| Error::Inconsistent {
             key: "dataset.tokenizer".to_owned(),
@@ -38,10 +44,20 @@ pub fn open(section: &DatasetSection, context: &DataContext) -> Result<Arc<dyn D
     };
     let dataset: Arc<dyn Dataset> = match &section.source {
         DatasetConfig::PretokenizedJsonl { paths, unshifted } => {
-            Arc::new(PretokenizedJsonl::open(paths, *unshifted, Some(context.vocab_size))?)
+            let files = paths::expand(paths, &["jsonl", "json"])?;
+            Arc::new(PretokenizedJsonl::open(&files, *unshifted, Some(context.vocab_size))?)
         }
-        DatasetConfig::Chat(config) => Arc::new(ChatDataset::open(config, processor()?)?),
-        DatasetConfig::Text(config) => Arc::new(TextDataset::open(config, processor()?.tokenizer())?),
+        DatasetConfig::Chat(config) => {
+            let form = Arc::new(ChatForm { config: config.clone(), processor: processor()? });
+            return row::open(&config.paths, config.rows, form);
+        }
+        DatasetConfig::Instruction(config) => {
+            let form = Arc::new(InstructionForm { config: config.clone(), processor: processor()? });
+            return row::open(&config.paths, config.rows, form);
+        }
+        DatasetConfig::Text(config) => {
+            return Ok(DataSource::Streamed(Arc::new(TextDataset::open(config, processor()?)?)));
+        }
         DatasetConfig::OptDigits { split, image_size, variants, task } => {
             Arc::new(OptDigitsDataset::new(*split, *image_size, *variants, processor()?).with_task(*task))
         }
@@ -59,7 +75,37 @@ pub fn open(section: &DatasetSection, context: &DataContext) -> Result<Arc<dyn D
             });
         }
     };
-    Ok(dataset)
+    Ok(DataSource::Indexed(dataset))
+}
+
+/// The `_target_` that fits some files, by the first row of the first of them.
+///
+/// # Errors
+/// Files that cannot be read, and rows of no known form.
+pub fn guess_target(files: &[String]) -> Result<&'static str> {
+    let files: Vec<PathBuf> = files.iter().map(PathBuf::from).collect();
+    let files = paths::expand(&files, &["jsonl", "json", "parquet", "txt"])?;
+    let first = match files[0].extension().and_then(|extension| extension.to_str()) {
+        Some("parquet") => ParquetFiles::open(&files[..1], None)?.rows(0, 0)?.next(),
+        Some("jsonl" | "json") => Some(JsonlFiles::open(&files[..1])?.row(0)),
+        _ => return Ok("text"),
+    };
+    let Some(row) = first.transpose()? else { return Ok("text") };
+    let forms = [
+        ("messages", "chat_jsonl"),
+        ("conversations", "chat_jsonl"),
+        ("conversation", "chat_jsonl"),
+        ("input_ids", "pretokenized_jsonl"),
+        ("text", "text"),
+    ];
+    match forms.iter().find(|(key, _)| row.value.get(key).is_some()) {
+        Some((_, target)) => Ok(target),
+        None => Err(row.error(
+            "(row)",
+            "is of no known form: it has no `messages`, `conversations`, `input_ids` or `text` \
+             (ColumnMappedTextInstructionDataset takes any columns)",
+        )),
+    }
 }
 
 /// Learns a vocabulary of at most `vocab_size` ids from the texts of a data set.
@@ -85,7 +131,10 @@ pub fn learn_tokenizer(
             let read = |path: &std::path::PathBuf| {
                 std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.clone(), source })
             };
-            config.paths.iter().map(read).collect::<Result<Vec<_>>>()?
+            paths::expand(&config.paths, &["txt", "text", "md"])?
+                .iter()
+                .map(read)
+                .collect::<Result<Vec<_>>>()?
         }
         DatasetConfig::OptDigits { .. } => optdigits::texts(),
         _ => {
@@ -106,6 +155,7 @@ impl LoaderOptions {
     /// How a recipe batches its training data.
     pub fn training(recipe: &Recipe, pad_id: u32) -> Self {
         Self {
+            global_batch_size: recipe.step_scheduler.global_batch_size,
             local_batch_size: recipe.step_scheduler.local_batch_size,
             shuffle: recipe.dataloader.shuffle,
             seed: recipe.rng.seed,
@@ -114,13 +164,19 @@ impl LoaderOptions {
             limit: recipe.dataset.limit_dataset_samples,
             max_length: recipe.dataloader.max_length,
             packing: recipe.packed_sequence,
+            max_tokens_per_micro_batch: recipe.dataloader.max_tokens_per_micro_batch,
+            shuffle_buffer_size: recipe.dataloader.shuffle_buffer_size,
+            num_workers: recipe.dataloader.num_workers,
+            prefetch_factor: recipe.dataloader.prefetch_factor,
             pad_id,
         }
     }
 
-    /// How a recipe batches one of its validation sets; never packed, which changes no loss.
+    /// How a recipe batches one of its validation sets: never packed, which changes no loss, and in steps as large as
+    /// those of training.
     pub fn validation(recipe: &Recipe, section: &DatasetSection, pad_id: u32) -> Self {
         Self {
+            global_batch_size: recipe.step_scheduler.global_batch_size,
             local_batch_size: recipe.step_scheduler.local_batch_size,
             shuffle: recipe.validation_dataloader.shuffle,
             seed: recipe.rng.seed,
@@ -129,6 +185,10 @@ impl LoaderOptions {
             limit: section.limit_dataset_samples,
             max_length: recipe.validation_dataloader.max_length,
             packing: None,
+            max_tokens_per_micro_batch: recipe.validation_dataloader.max_tokens_per_micro_batch,
+            shuffle_buffer_size: recipe.validation_dataloader.shuffle_buffer_size,
+            num_workers: recipe.validation_dataloader.num_workers,
+            prefetch_factor: recipe.validation_dataloader.prefetch_factor,
             pad_id,
         }
     }

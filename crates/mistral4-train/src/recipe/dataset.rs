@@ -28,7 +28,9 @@ pub enum DatasetConfig {
     },
     /// Rows of `messages` or ShareGPT `conversations`, with or without images.
     Chat(ChatDatasetConfig),
-    /// Plain text, cut into blocks of one length.
+    /// Rows of a context, a question and an answer in named columns.
+    Instruction(InstructionDatasetConfig),
+    /// Plain text, cut into pieces of one length.
     Text(TextDatasetConfig),
     /// The bundled handwritten digits as image conversations.
     OptDigits {
@@ -66,7 +68,7 @@ pub enum Split {
 /// Chat rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChatDatasetConfig {
-    /// JSON or JSONL files.
+    /// JSON, JSONL or Parquet files, folders or patterns.
     pub paths: Vec<PathBuf>,
     /// Rows `[start, end)` of all rows, from a split such as `train[128:]`.
     pub rows: (Option<usize>, Option<usize>),
@@ -82,14 +84,39 @@ pub struct ChatDatasetConfig {
     pub media_dir: Option<PathBuf>,
 }
 
+/// Column-mapped instructions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstructionDatasetConfig {
+    /// JSON, JSONL or Parquet files, folders or patterns.
+    pub paths: Vec<PathBuf>,
+    /// Rows `[start, end)` of all rows.
+    pub rows: (Option<usize>, Option<usize>),
+    /// Column that comes first.
+    pub context: Option<String>,
+    /// Column that comes second.
+    pub question: Option<String>,
+    /// Column that is learned.
+    pub answer: String,
+    /// Whether the prompt is left out of the loss.
+    pub answer_only_loss_mask: bool,
+    /// Whether rows are rendered as conversations (context as system message).
+    pub use_chat_template: bool,
+    /// Rows with more tokens are cut where `truncation` is on.
+    pub seq_length: Option<usize>,
+    /// Whether long rows are cut.
+    pub truncation: bool,
+}
+
 /// Plain text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TextDatasetConfig {
-    /// Text files; each is one document.
+    /// Text files (a document each), JSONL or Parquet files (a document a row), folders or patterns.
     pub paths: Vec<PathBuf>,
-    /// Tokens of a block.
+    /// Column with the text of a row.
+    pub text_column: String,
+    /// Most tokens of a piece.
     pub seq_length: usize,
-    /// Which part of the blocks: the last twentieth is held out.
+    /// Which part of every file: the last twentieth is held out.
     pub split: Option<Split>,
 }
 
@@ -134,6 +161,7 @@ pub enum DigitsTask {
 enum Target {
     Pretokenized,
     Chat,
+    Instruction,
     Text,
     OptDigits,
     Mock,
@@ -142,11 +170,12 @@ enum Target {
 
 const TASKS: [(&str, DigitsTask); 2] = [("name", DigitsTask::Name), ("next", DigitsTask::Next)];
 
-const TARGETS: [(&str, Target); 27] = [
+const TARGETS: [(&str, Target); 28] = [
     ("pretokenized_jsonl", Target::Pretokenized),
     ("nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset", Target::Chat),
     ("ChatDataset", Target::Chat),
     ("chat_jsonl", Target::Chat),
+    ("chat_parquet", Target::Chat),
     ("vlm_chat_jsonl", Target::Chat),
     ("text", Target::Text),
     ("optdigits", Target::OptDigits),
@@ -170,9 +199,9 @@ const TARGETS: [(&str, Target); 27] = [
     ("HellaSwag", Target::Hub("hellaswag")),
     (
         "nemo_automodel.components.datasets.llm.column_mapped_text_instruction_dataset.ColumnMappedTextInstructionDataset",
-        Target::Hub("column-mapped instructions"),
+        Target::Instruction,
     ),
-    ("ColumnMappedTextInstructionDataset", Target::Hub("column-mapped instructions")),
+    ("ColumnMappedTextInstructionDataset", Target::Instruction),
 ];
 
 const SPLITS: [(&str, Split); 4] = [
@@ -197,13 +226,17 @@ impl DatasetSection {
                     .unwrap_or(false),
             },
             Target::Chat => DatasetConfig::Chat(read_chat(&mut s)?),
+            Target::Instruction => DatasetConfig::Instruction(read_instruction(&mut s)?),
             Target::Text => DatasetConfig::Text(TextDatasetConfig {
                 paths: paths(&mut s, "path_or_dataset")?,
-                seq_length: match s.count("seq_length", "tokens of a block")? {
+                text_column: s
+                    .text("text_column", "column with the text of a JSONL or Parquet row")?
+                    .unwrap_or_else(|| "text".to_owned()),
+                seq_length: match s.count("seq_length", "most tokens of a piece")? {
                     Some(length) => length,
-                    None => return Err(s.missing("seq_length", "tokens of a block")),
+                    None => return Err(s.missing("seq_length", "most tokens of a piece")),
                 },
-                split: s.name("split", "train, or the last twentieth of the blocks", &SPLITS)?,
+                split: s.name("split", "train, or the last twentieth of every file", &SPLITS)?,
             }),
             Target::OptDigits => DatasetConfig::OptDigits {
                 split: s
@@ -262,16 +295,28 @@ fn paths(s: &mut Section<'_>, key: &'static str) -> Result<Vec<PathBuf>> {
     }
 }
 
-fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
-    let key = if s.has("path_or_dataset") { "path_or_dataset" } else { "path_or_dataset_id" };
-    let paths = paths(s, key)?;
-    let rows = match s.text("split", "which rows, as in `train[:128]`")? {
+/// `path_or_dataset`, or the longer name that NeMo AutoModel has for some data sets.
+fn row_paths(s: &mut Section<'_>) -> Result<Vec<PathBuf>> {
+    let what = "the data files";
+    let short = s.texts("path_or_dataset", what)?;
+    let long = s.texts("path_or_dataset_id", what)?;
+    match short.or(long) {
+        Some(paths) if !paths.is_empty() => Ok(paths.into_iter().map(PathBuf::from).collect()),
+        _ => Err(s.missing("path_or_dataset", "the data file, or a list of them")),
+    }
+}
+
+fn read_rows(s: &mut Section<'_>) -> Result<(Option<usize>, Option<usize>)> {
+    match s.text("split", "which rows, as in `train[:128]`")? {
         Some(split) => match slice(&split) {
-            Some(rows) => rows,
-            None => return Err(s.refuse("split", "a split such as `train` or `train[128:256]`")),
+            Some(rows) => Ok(rows),
+            None => Err(s.refuse("split", "a split such as `train` or `train[128:256]`")),
         },
-        None => (None, None),
-    };
+        None => Ok((None, None)),
+    }
+}
+
+fn read_truncation(s: &mut Section<'_>) -> Result<bool> {
     let truncation = s.name(
         "truncation",
         "whether rows longer than seq_length are cut",
@@ -284,11 +329,48 @@ fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
             ("do_not_truncate", false),
         ],
     )?;
+    Ok(truncation.unwrap_or(false))
+}
+
+fn read_instruction(s: &mut Section<'_>) -> Result<InstructionDatasetConfig> {
+    let (paths, rows) = (row_paths(s)?, read_rows(s)?);
+    let mut mapping = s.section("column_mapping")?;
+    let context = mapping.text("context", "column that comes first")?;
+    let question = mapping.text("question", "column that comes second")?;
+    let Some(answer) = mapping.text("answer", "column that is learned")? else {
+        return Err(mapping.missing("answer", "the column that is learned"));
+    };
+    if context.is_none() && question.is_none() {
+        return Err(mapping.missing("question", "a column to answer (or `context`)"));
+    }
+    mapping.finish()?;
+    let config = InstructionDatasetConfig {
+        paths,
+        rows,
+        context,
+        question,
+        answer,
+        answer_only_loss_mask: s
+            .bool("answer_only_loss_mask", "the prompt is left out of the loss")?
+            .unwrap_or(true),
+        use_chat_template: s
+            .bool("use_hf_chat_template", "rows are rendered in the chat form")?
+            .unwrap_or(false),
+        seq_length: s.count("seq_length", "rows with more tokens are cut where truncation is on")?,
+        truncation: read_truncation(s)?,
+    };
+    s.no_effect("padding", "a batch is padded to its longest row; padding changes no result");
+    s.unsupported("name", "read from files, which have no subsets");
+    Ok(config)
+}
+
+fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
+    let (paths, rows, truncation) = (row_paths(s)?, read_rows(s)?, read_truncation(s)?);
     let config = ChatDatasetConfig {
         paths,
         rows,
         seq_length: s.count("seq_length", "rows with more tokens are cut where truncation is on")?,
-        truncation: truncation.unwrap_or(false),
+        truncation,
         mask_history: s.bool("mask_history", "only the last answer is learned")?.unwrap_or(false),
         mask_reasoning_content: s
             .bool("mask_reasoning_content", "thinking is left out of the loss")?
@@ -388,6 +470,14 @@ pub struct DataloaderConfig {
     pub drop_last: bool,
     /// Rows with more tokens are left out.
     pub max_length: Option<usize>,
+    /// Tokens that a micro-batch may hold, in place of `local_batch_size` rows.
+    pub max_tokens_per_micro_batch: Option<usize>,
+    /// Rows of a stream that are shuffled among each other.
+    pub shuffle_buffer_size: usize,
+    /// Threads that make batches ahead of the step.
+    pub num_workers: usize,
+    /// Micro-batches that each of them makes ahead.
+    pub prefetch_factor: usize,
 }
 
 impl DataloaderConfig {
@@ -411,18 +501,22 @@ impl DataloaderConfig {
                 .bool("drop_last", "whether a last batch that is not full is left out")?
                 .unwrap_or(false),
             max_length,
+            max_tokens_per_micro_batch: s.count(
+                "max_tokens_per_micro_batch",
+                "tokens that a micro-batch may hold, in place of local_batch_size rows",
+            )?,
+            shuffle_buffer_size: s
+                .count_up_to("shuffle_buffer_size", "rows of a stream that are shuffled together", 1 << 24)?
+                .unwrap_or(1024),
+            num_workers: s.usize_up_to("num_workers", "threads that make batches ahead", 256)?.unwrap_or(1),
+            prefetch_factor: s
+                .count_up_to("prefetch_factor", "micro-batches that each worker makes ahead", 1024)?
+                .unwrap_or(2),
         };
         s.none_of_effect(
-            &[
-                "num_workers",
-                "pin_memory",
-                "persistent_workers",
-                "prefetch_factor",
-                "multiprocessing_context",
-            ],
+            &["pin_memory", "persistent_workers", "multiprocessing_context"],
             "changes how batches are fetched, not which",
         );
-        s.no_effect("shuffle_buffer_size", "the whole data set is shuffled, not a buffer of it");
         s.unsupported("batch_size", "set step_scheduler.local_batch_size instead");
         s.unsupported("group_by_length", "rows are not grouped by length");
         s.finish()?;

@@ -9,6 +9,7 @@
 mod checkpoint;
 mod dataset;
 mod environment;
+mod kind;
 mod model;
 mod optimizer;
 mod overrides;
@@ -16,6 +17,7 @@ mod peft;
 mod quantization;
 mod reader;
 mod report;
+mod schema;
 mod training;
 mod watching;
 mod yaml;
@@ -26,8 +28,8 @@ use std::sync::Arc;
 
 pub use checkpoint::{CheckpointConfig, RestoreFrom};
 pub use dataset::{
-    ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, DigitsTask, OnError,
-    PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
+    ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, DigitsTask, InstructionDatasetConfig,
+    OnError, PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
 };
 pub use model::{
     DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PipelineConfig, SoftmaxScaleOverride,
@@ -37,6 +39,7 @@ pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, Op
 pub use overrides::{Override, parse_overrides};
 pub use peft::PeftConfig;
 pub use report::{Effect, RecipeReport, ReportEntry};
+pub use schema::{json_schema, to_json};
 pub use training::{
     LrDecayStyle, LrSchedulerConfig, OnLossSpike, OnNonFinite, RngConfig, StepSchedulerConfig, WdIncrStyle,
     WsdDecayStyle,
@@ -149,7 +152,7 @@ impl Recipe {
         }
         let text = yaml::write(&root);
         environment::expand(&file, &mut root, variables)?;
-        let reading = Reading { file, report: RefCell::new(RecipeReport::default()) };
+        let reading = Reading { file, report: RefCell::default(), asked: None };
         let mut recipe = read(Section::root(&reading, &root))?;
         recipe.report = reading.report.into_inner();
         recipe.text = text;
@@ -276,6 +279,10 @@ impl Recipe {
                 self.grad_acc_steps() == 1,
                 "one micro-batch a step: local_batch_size as large as global_batch_size",
             ),
+            (
+                self.dataloader.max_tokens_per_micro_batch.is_none(),
+                "no dataloader.max_tokens_per_micro_batch, which may make several micro-batches of a step",
+            ),
             (self.distributed.activation_checkpointing, "distributed.activation_checkpointing: true"),
             (
                 scheduler.on_non_finite == OnNonFinite::Stop && scheduler.on_loss_spike != OnLossSpike::Skip,
@@ -293,6 +300,9 @@ impl Recipe {
         }
     }
 }
+
+/// How sections of held-out sets begin, where there are several.
+const NAMED_VALIDATION: &str = "validation_dataset_";
 
 fn read(mut root: Section<'_>) -> Result<Recipe> {
     let kind = read_kind(&mut root)?;
@@ -318,10 +328,10 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let dataloader = DataloaderConfig::read(&mut root, "dataloader", true)?;
     let packed_sequence = PackedSequenceConfig::read(&mut root)?;
     let mut validation = Vec::new();
-    let named = root.keys().filter(|key| key.starts_with("validation_dataset_"));
+    let named = root.keys().filter(|key| key.starts_with(NAMED_VALIDATION));
     for key in std::iter::once("validation_dataset").chain(named) {
         if let Some(dataset) = DatasetSection::read(&mut root, key)? {
-            let name = key.strip_prefix("validation_dataset_").unwrap_or("default");
+            let name = key.strip_prefix(NAMED_VALIDATION).unwrap_or("default");
             validation.push(ValidationSet { name: name.to_owned(), dataset });
         }
     }

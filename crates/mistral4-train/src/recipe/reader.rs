@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::kind::{Asked, Kind};
 use super::report::{Effect, RecipeReport, ReportEntry};
 use super::yaml::{Entry, Literal, Node, Value};
 use crate::error::{AcceptedNames, Error, Location, Origin, Result};
@@ -18,6 +19,8 @@ pub(crate) const HIDDEN: &str = "******";
 pub(crate) struct Reading {
     pub(crate) file: Arc<str>,
     pub(crate) report: RefCell<RecipeReport>,
+    /// Every key that was asked for, where somebody wants to know.
+    pub(crate) asked: Option<RefCell<Vec<Asked>>>,
 }
 
 /// One mapping of a recipe. Every key that is asked for counts as known.
@@ -41,10 +44,25 @@ impl<'a> Section<'a> {
     }
 
     /// The value of a key, `None` when absent or null; the key counts as known from now on.
-    fn look(&mut self, key: &str) -> Option<&'a Node> {
+    fn look(&mut self, key: &str, kind: &Kind, what: &str) -> Option<&'a Node> {
         self.known.push(key.to_owned());
+        self.note_asked(key, kind, what);
         let node = self.entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node);
         node.filter(|node| !node.is_null())
+    }
+
+    fn note_asked(&self, key: &str, kind: &Kind, what: &str) {
+        if let Some(asked) = &self.reading.asked {
+            let (section, target) = (self.path.clone(), self.target());
+            let (key, kind, what) = (key.to_owned(), kind.clone(), what.to_owned());
+            asked.borrow_mut().push(Asked { section, target, key, kind, what });
+        }
+    }
+
+    /// What this section says that it is.
+    fn target(&self) -> Option<String> {
+        let entry = self.entries.iter().find(|entry| entry.key == "_target_")?;
+        scalar_text(&entry.node)
     }
 
     fn location(&self, node: &Node) -> Location {
@@ -72,26 +90,26 @@ impl<'a> Section<'a> {
         &mut self,
         key: &'static str,
         what: &'static str,
-        expected: &str,
+        kind: Kind,
         take: impl Fn(&Node) -> Option<T>,
     ) -> Result<Option<T>> {
-        let Some(node) = self.look(key) else { return Ok(None) };
-        let value = take(node).ok_or_else(|| self.wrong(key, node, expected))?;
+        let Some(node) = self.look(key, &kind, what) else { return Ok(None) };
+        let value = take(node).ok_or_else(|| self.wrong(key, node, kind.expected()))?;
         self.note(key, node, Effect::Used(what));
         Ok(Some(value))
     }
 
     pub(crate) fn bool(&mut self, key: &'static str, what: &'static str) -> Result<Option<bool>> {
-        self.read(key, what, "true or false", boolean)
+        self.read(key, what, Kind::Bool, boolean)
     }
 
     pub(crate) fn usize(&mut self, key: &'static str, what: &'static str) -> Result<Option<usize>> {
-        self.read(key, what, "a whole number, 0 or more", whole)
+        self.whole(key, what, 0, None)
     }
 
     /// A whole number of at least 1.
     pub(crate) fn count(&mut self, key: &'static str, what: &'static str) -> Result<Option<usize>> {
-        self.read(key, what, "a whole number, 1 or more", |node| whole(node).filter(|&n| n > 0))
+        self.whole(key, what, 1, None)
     }
 
     /// A whole number of at least 1 and at most `most`, where a larger one would exhaust the memory.
@@ -101,17 +119,37 @@ impl<'a> Section<'a> {
         what: &'static str,
         most: usize,
     ) -> Result<Option<usize>> {
-        let expected = format!("a whole number from 1 to {most}");
-        self.read(key, what, &expected, |node| whole(node).filter(|n| (1..=most).contains(n)))
+        self.whole(key, what, 1, Some(most))
+    }
+
+    /// A whole number of at most `most`.
+    pub(crate) fn usize_up_to(
+        &mut self,
+        key: &'static str,
+        what: &'static str,
+        most: usize,
+    ) -> Result<Option<usize>> {
+        self.whole(key, what, 0, Some(most))
+    }
+
+    fn whole(
+        &mut self,
+        key: &'static str,
+        what: &'static str,
+        least: usize,
+        most: Option<usize>,
+    ) -> Result<Option<usize>> {
+        let fits = |&n: &usize| n >= least && most.is_none_or(|most| n <= most);
+        self.read(key, what, Kind::Whole { least, most }, |node| whole(node).filter(fits))
     }
 
     /// A number that is not negative.
     pub(crate) fn non_negative(&mut self, key: &'static str, what: &'static str) -> Result<Option<f64>> {
-        self.read(key, what, "a number, 0 or more", |node| number(node).filter(|&x| x >= 0.0))
+        self.read(key, what, Kind::NonNegative, |node| number(node).filter(|&x| x >= 0.0))
     }
 
     pub(crate) fn text(&mut self, key: &'static str, what: &'static str) -> Result<Option<String>> {
-        self.read(key, what, "text", scalar_text)
+        self.read(key, what, Kind::Text, scalar_text)
     }
 
     pub(crate) fn path(&mut self, key: &'static str, what: &'static str) -> Result<Option<PathBuf>> {
@@ -120,7 +158,7 @@ impl<'a> Section<'a> {
 
     /// One text, or a list of texts.
     pub(crate) fn texts(&mut self, key: &'static str, what: &'static str) -> Result<Option<Vec<String>>> {
-        self.read(key, what, "text or a list of texts", |node| match &node.value {
+        self.read(key, what, Kind::Texts, |node| match &node.value {
             Value::List(items) => items.iter().map(scalar_text).collect(),
             _ => scalar_text(node).map(|text| vec![text]),
         })
@@ -128,7 +166,7 @@ impl<'a> Section<'a> {
 
     /// Two numbers.
     pub(crate) fn pair(&mut self, key: &'static str, what: &'static str) -> Result<Option<[f64; 2]>> {
-        self.read(key, what, "two numbers from 0 up to, not including, 1", |node| match &node.value {
+        self.read(key, what, Kind::Pair, |node| match &node.value {
             Value::List(items) => match items.as_slice() {
                 [a, b] => Some([number(a)?, number(b)?]).filter(|p| p.iter().all(|x| (0.0..1.0).contains(x))),
                 _ => None,
@@ -146,13 +184,14 @@ impl<'a> Section<'a> {
         what: &'static str,
         names: &[(&'static str, T)],
     ) -> Result<Option<T>> {
-        let Some(node) = self.look(key) else { return Ok(None) };
+        let kind = Kind::Name(names.iter().map(|(name, _)| *name).collect());
+        let Some(node) = self.look(key, &kind, what) else { return Ok(None) };
         let node = match node.map() {
             Some([entry]) if entry.key == "_target_" => &entry.node,
             _ => node,
         };
         let Some(value) = scalar_text(node) else {
-            return Err(self.wrong(key, node, "a name"));
+            return Err(self.wrong(key, node, kind.expected()));
         };
         match names.iter().find(|(name, _)| *name == value) {
             Some((_, found)) => {
@@ -188,9 +227,9 @@ impl<'a> Section<'a> {
 
     /// A nested section, `None` when absent or null.
     pub(crate) fn optional_section(&mut self, key: &str) -> Result<Option<Section<'a>>> {
-        let Some(node) = self.look(key) else { return Ok(None) };
+        let Some(node) = self.look(key, &Kind::Section, "") else { return Ok(None) };
         let Some(entries) = node.map() else {
-            return Err(self.wrong(key, node, "a section (a mapping)"));
+            return Err(self.wrong(key, node, Kind::Section.expected()));
         };
         let path = self.key(key);
         let (reading, origin) = (self.reading, node.origin);
@@ -204,6 +243,7 @@ impl<'a> Section<'a> {
 
     /// Whether the value of a key is a mapping.
     pub(crate) fn is_section(&self, key: &str) -> bool {
+        self.note_asked(key, &Kind::Section, "");
         self.entries.iter().any(|entry| entry.key == key && entry.node.map().is_some())
     }
 
@@ -215,7 +255,7 @@ impl<'a> Section<'a> {
 
     /// Accepts a key that is valid in NeMo AutoModel and changes no result here, whatever it holds.
     pub(crate) fn no_effect(&mut self, key: &'static str, why: &'static str) {
-        if let Some(node) = self.look(key) {
+        if let Some(node) = self.look(key, &Kind::Anything, &format!("no effect here: {why}")) {
             self.note(key, node, Effect::NoEffect(why));
         }
     }
@@ -246,7 +286,10 @@ impl<'a> Section<'a> {
         reason: &str,
         harmless: impl Fn(&Node) -> bool,
     ) {
-        let Some(node) = self.look(key) else { return };
+        let Some(node) = self.look(key, &Kind::Anything, &format!("refused unless it is off: {reason}"))
+        else {
+            return;
+        };
         let effect = match harmless(node) {
             true => Effect::NoEffect("off: this is what happens here anyway"),
             false => Effect::Unsupported(reason.to_owned()),

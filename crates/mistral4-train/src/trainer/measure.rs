@@ -1,16 +1,28 @@
 //! What a run measures besides the loss.
 
+use std::time::Duration;
+
 use burn::tensor::Device;
 use mistral4::model::Mistral4;
 use mistral4::weights::NamedTensor;
 
 use super::HeldOut;
 use crate::backward::{Gradients, LabelledInputs, ParameterStore, Whole, evaluate_from};
-use crate::data::LoaderState;
+use crate::data::Skipped;
 use crate::error::Result;
 use crate::metrics::{StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
 use crate::parallel::{Communicator, Holdings, Mesh, ModelLayout, ShardedGradients, ShardedStore, Sharding};
 use crate::schedule::StepState;
+
+/// How long the step waited for its batches, and the rows that were left out so far, where there are any.
+pub(super) fn data_metrics(
+    wait: Duration,
+    skipped: &Skipped,
+) -> impl Iterator<Item = (String, serde_json::Value)> + use<> {
+    let wait = ("data_wait_ms".to_owned(), (wait.as_secs_f64() * 1e3).into());
+    let total = skipped.total();
+    std::iter::once(wait).chain((total > 0).then(|| ("skipped_rows".to_owned(), total.into())))
+}
 
 /// A model to measure, on one rank or spread over many.
 #[derive(Clone, Copy)]
@@ -47,25 +59,16 @@ pub(super) fn validate(
 ) -> Result<ValidationMetrics> {
     let data = &held.mesh.data;
     let (mut loss, mut tokens) = ([0.0], [0u64]);
-    set.loader.resume(LoaderState { epoch: 0, batch: 0, ..set.loader.state() })?;
+    set.loader.restart();
     loop {
-        // A batch for each rank; ranks that are left over run along, since shards are gathered together.
-        let mut round = Vec::with_capacity(data.size());
-        while round.len() < data.size() {
-            let Some(batch) = set.loader.next_batch()? else { break };
-            round.push(batch);
-        }
-        let ended = round.len() < data.size();
-        let counts = data.rank() < round.len();
-        if let Some(batch) = round.into_iter().take(data.rank() + 1).next_back() {
+        // Ranks that have no batch left run along on fillers, since layers are gathered together.
+        let step = set.loader.next_step()?;
+        for batch in step.batches {
             let label_tokens = batch.num_label_tokens as u64;
-            let sum = held.evaluate(&LabelledInputs::new(batch, device))?;
-            if counts {
-                loss[0] += sum;
-                tokens[0] += label_tokens;
-            }
+            loss[0] += held.evaluate(&LabelledInputs::new(batch, device))?;
+            tokens[0] += label_tokens;
         }
-        if ended {
+        if step.ends_epoch {
             break;
         }
     }

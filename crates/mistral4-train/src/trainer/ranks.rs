@@ -27,7 +27,7 @@ impl StepCounts {
         Self {
             label_tokens: batches.iter().map(|batch| batch.num_label_tokens).sum(),
             tokens: batches.iter().map(|batch| batch.num_tokens).sum(),
-            micro_batches: batches.len(),
+            micro_batches: batches.iter().filter(|batch| !batch.is_filler()).count(),
         }
     }
 

@@ -12,7 +12,7 @@ use super::record::{Recorder, Utilization};
 use super::{Event, HeldOut, Host, Training};
 use crate::backward::Activations;
 use crate::checkpoint::{Checkpoints, Ranks, Saved, Saver};
-use crate::data::{self, Loader, LoaderOptions};
+use crate::data::{self, DataRank, Loader, LoaderOptions};
 use crate::early_stop::{EarlyStop, EarlyStopState};
 use crate::error::{Error, Result};
 use crate::guard::{Guard, GuardState};
@@ -46,10 +46,9 @@ impl Training {
         let context = setup.data_context(recipe.rng.seed);
         let pad_id = setup.pad_id();
         let dataset = data::open(&recipe.dataset, &context)?;
-        let mut loader = Loader::new(dataset, LoaderOptions::training(recipe, pad_id))?;
-        note_skipped(&loader, observe);
-        let batches = loader.batches_per_epoch().div_ceil(ranks);
-        let mut scheduler = StepScheduler::new(&recipe.step_scheduler, batches, ranks)?;
+        let data_rank = DataRank { rank: mesh.data.rank(), world: ranks };
+        let mut loader = Loader::new(dataset, LoaderOptions::training(recipe, pad_id), data_rank)?;
+        let mut scheduler = StepScheduler::new(&recipe.step_scheduler, loader.steps_per_epoch(), ranks)?;
         let total_steps = scheduler.total_steps();
         let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
         Optimizer::check_device(&recipe.optimizer, device)?;
@@ -88,7 +87,7 @@ impl Training {
             let path = folder.join(format!("{file}.jsonl"));
             let file = is_first.then(|| MetricsFile::open(&path, first_step)).transpose()?;
             let validations = if is_first { metrics::read(&path)? } else { Vec::new() };
-            let loader = Loader::new(dataset, options)?;
+            let loader = Loader::new(dataset, options, data_rank)?;
             held_out.push(HeldOut { name: set.name.clone(), loader, file, validations });
         }
         if held_out.len() > 1 && held_out.iter().all(|set| set.name != config.best_metric_key) {
@@ -131,6 +130,7 @@ impl Training {
             setup,
             optimizer: Optimizer::resume(recipe.optimizer.clone(), state),
             loader,
+            noted_skipped: 0,
             held_out,
             scheduler,
             schedule,
@@ -142,6 +142,23 @@ impl Training {
             steps,
             checkpoint: begin,
         })
+    }
+}
+
+impl Training {
+    /// Reports that rows were left out: at the first of them, and at every tenfold number.
+    pub(super) fn note_skipped(&mut self, observe: &mut dyn FnMut(Event<'_>)) {
+        let (skipped, noted) = (self.loader.skipped(), self.noted_skipped);
+        let (before, now) = (noted.checked_ilog10(), skipped.total().checked_ilog10());
+        if now > before {
+            let last =
+                skipped.messages.last().map_or(String::new(), |message| format!("; such as: {message}"));
+            observe(Event::Note(format!(
+                "left out {} malformed rows and {} that are too long so far{last}",
+                skipped.unusable, skipped.too_long
+            )));
+            self.noted_skipped = skipped.total();
+        }
     }
 }
 
@@ -177,17 +194,6 @@ fn check_states(
         }
     }
     Ok(())
-}
-
-fn note_skipped(loader: &Loader, observe: &mut dyn FnMut(Event<'_>)) {
-    let skipped = loader.skipped();
-    if skipped.unusable + skipped.too_long > 0 {
-        let first = skipped.messages.first().map_or(String::new(), |m| format!("; first: {m}"));
-        observe(Event::Note(format!(
-            "left out {} malformed rows and {} that are too long{first}",
-            skipped.unusable, skipped.too_long
-        )));
-    }
 }
 
 /// Refuses what the optimizer cannot do on several ranks.

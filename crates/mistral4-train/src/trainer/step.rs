@@ -19,31 +19,24 @@ fn loss_scale(label_tokens: usize, micro_batches: usize) -> LossScale {
     LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / micro_batches.max(1) as f64 }
 }
 
-/// A rank's part of a step's batches.
-pub(super) struct OwnBatches {
-    pub(super) batches: Vec<Batch>,
-    /// One that counts nowhere, on a rank that has one fewer than others and must pass over the model as often.
-    pub(super) silent: Option<Batch>,
-    pub(super) ends_epoch: bool,
-}
-
 impl Training {
-    /// Forward and backward over this rank's micro-batches of one step, and over the silent one, which counts nowhere.
+    /// Forward and backward over this rank's micro-batches of one step. Fillers count nowhere; they are there because
+    /// ranks that share parameters or experts pass over the model together.
     pub(super) fn accumulate(
         &self,
-        own: OwnBatches,
+        batches: Vec<Batch>,
         counts: StepCounts,
         gradients: &mut ShardedGradients,
         device: &Device,
     ) -> Result<Measured> {
         let scale = loss_scale(counts.label_tokens, counts.micro_batches);
         let keeps_images = self.setup.holdings.has_embeddings();
-        let own_count = own.batches.len();
-        let mut about = Vec::with_capacity(own_count);
-        let mut micro_batches = Vec::with_capacity(own_count + 1);
-        let silent = own.silent.map(|batch| (batch, LossScale { per_token: 0.0, aux: 0.0 }));
-        for (mut batch, scale) in own.batches.into_iter().map(|batch| (batch, scale)).chain(silent) {
-            about.push((std::mem::take(&mut batch.rows), batch.num_label_tokens));
+        let mut about = Vec::with_capacity(batches.len());
+        let mut micro_batches = Vec::with_capacity(batches.len());
+        for mut batch in batches {
+            let is_filler = batch.is_filler();
+            let scale = if is_filler { LossScale { per_token: 0.0, aux: 0.0 } } else { scale };
+            about.push((std::mem::take(&mut batch.rows), batch.num_label_tokens, is_filler));
             if !keeps_images {
                 batch.images.clear();
             }
@@ -62,9 +55,10 @@ impl Training {
             }
         };
         let mut measured = Measured::default();
-        // A silent micro-batch, which comes last, counts nowhere.
-        for ((rows, label_tokens), part) in about.into_iter().zip(parts).take(own_count) {
-            measured.add(rows, label_tokens, part, scale.aux);
+        for ((rows, label_tokens, is_filler), part) in about.into_iter().zip(parts) {
+            if !is_filler {
+                measured.add(rows, label_tokens, part, scale.aux);
+            }
         }
         Ok(measured)
     }
