@@ -288,7 +288,11 @@ proptest! {
         let recipe = place.recipe("cut", &more);
         for cut in cuts {
             let run = train_until(&recipe, cut).unwrap();
-            prop_assert!(run.interrupted);
+            if !run.interrupted {
+                // What is asked in a step is done in the next, and the last step has none.
+                prop_assert_eq!(run.steps.last().map(|metrics| metrics.step), Some(11));
+                break;
+            }
         }
         place.train("cut", &more).unwrap();
         assert_same(&place.path("cut"), &place.path("whole"));
