@@ -38,11 +38,13 @@ pub use attention::{
 };
 pub use element::{Element, Index};
 pub use experts::{
-    Activation, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, gated, gated_backward, grouped_linear,
-    grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts, moe_experts_backward,
+    Activation, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, PackedExperts, gated, gated_backward,
+    grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts,
+    moe_experts_backward, packed_experts,
 };
 pub use gemm::{
-    GemmDims, LinearDims, Matrix, MatrixMut, gemm, linear, linear_backward_input, linear_backward_weight,
+    GemmDims, LinearDims, Matrix, MatrixMut, PackedMatrix, gemm, linear, linear_backward_input,
+    linear_backward_weight, packed_linear,
 };
 pub use isa::{Isa, IsaError};
 pub use loss::{IGNORE_INDEX, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, linear_cross_entropy};
@@ -57,6 +59,6 @@ pub use quantized::{
     quantized_experts_backward, quantized_linear, quantized_linear_backward_input,
 };
 pub use rope::{RopeDims, rope, rope_backward};
-pub use router::{RouterDims, Routing, RoutingGrads, route, route_backward};
+pub use router::{RouterDims, choose_experts, routing_weights, routing_weights_backward};
 
 pub use half::bf16;

@@ -2,6 +2,7 @@
 use crate::element::Index;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
+use crate::scratch;
 use crate::vector::{LANES, exp, per_isa, reduce};
 
 /// Sizes and rules of routing; the names are those of the checkpoint's configuration.
@@ -32,64 +33,75 @@ impl RouterDims {
     }
 }
 
+/// Tokens of one task.
+const TOKENS: usize = 32;
 /// Added to the sum of weights that they are divided by.
 const SUM_EPS: f32 = 1e-20;
 
-/// Where [`route`] writes.
-#[derive(Debug)]
-pub struct Routing<'a> {
-    /// Chosen experts, best first, `[T, K]`.
-    pub indices: &'a mut [i32],
-    /// Their weights, `[T, K]`.
-    pub weights: &'a mut [f32],
-    /// Softmax scores, `[T, E]`.
-    pub scores: &'a mut [f32],
-}
-
-/// Chooses experts by `softmax(logits) + bias` and weights them by the softmax alone.
+/// Chooses the experts of each token by `softmax(logits) + bias`, best first.
 ///
 /// With several groups, each is rated by the sum of its two best choice scores, and choice scores outside the
 /// best `topk_group` groups count as zero. Ties go to the lowest index.
 ///
 /// # Shapes
-/// `logits`: `[T, E]`, `bias`: `[E]`.
+/// `logits`: `[T, E]`, `bias`: `[E]`, `indices`: `[T, K]`.
 ///
 /// # Panics
 /// When a slice has the wrong length or the sizes contradict each other.
-pub fn route(dims: RouterDims, logits: &[f32], bias: &[f32], out: Routing<'_>) {
+pub fn choose_experts(dims: RouterDims, logits: &[f32], bias: &[f32], indices: &mut [i32]) {
     dims.check();
     let RouterDims { tokens, experts, top_k, .. } = dims;
     assert_eq!(logits.len(), tokens * experts, "logits are [T, E]");
     assert_eq!(bias.len(), experts, "bias is [E]");
-    assert_eq!(out.indices.len(), tokens * top_k, "indices are [T, K]");
-    assert_eq!(out.weights.len(), tokens * top_k, "weights are [T, K]");
-    assert_eq!(out.scores.len(), tokens * experts, "scores are [T, E]");
+    assert_eq!(indices.len(), tokens * top_k, "indices are [T, K]");
     let isa = Isa::active();
-    let (indices, weights) = (Shared::new(out.indices), Shared::new(out.weights));
-    let scores = Shared::new(out.scores);
-    parallel::for_each_chunk(tokens, 32, |chunk| {
-        let mut choice = vec![0.0f32; experts];
+    let indices = Shared::new(indices);
+    parallel::for_each_chunk(tokens, TOKENS, |chunk| {
+        let mut choice = scratch::take::<f32>(experts);
         for token in chunk {
             // SAFETY: each task owns its tokens.
-            let (indices, weights, scores) = unsafe {
-                (
-                    indices.slice(token * top_k..(token + 1) * top_k),
-                    weights.slice(token * top_k..(token + 1) * top_k),
-                    scores.slice(token * experts..(token + 1) * experts),
-                )
-            };
-            softmax(isa, &logits[token * experts..(token + 1) * experts], scores);
-            for ((choice, score), bias) in choice.iter_mut().zip(&*scores).zip(bias) {
-                *choice = score + bias;
+            let indices = unsafe { indices.slice(token * top_k..(token + 1) * top_k) };
+            softmax(isa, &logits[token * experts..(token + 1) * experts], &mut choice);
+            for (choice, bias) in choice.iter_mut().zip(bias) {
+                *choice += bias;
             }
             if dims.topk_group < dims.n_group {
                 mask_groups(&dims, &mut choice);
             }
-            for (index, weight) in indices.iter_mut().zip(&mut *weights) {
+            for index in indices {
                 let best = first_max(&choice);
                 choice[best] = f32::NEG_INFINITY;
                 *index = i32::try_from(best).expect("fewer than 2^31 experts");
-                *weight = scores[best];
+            }
+        }
+    });
+}
+
+/// Weights of chosen experts: their `softmax(logits)`, divided by its sum over a token's choice if so asked, times the
+/// factor.
+///
+/// # Shapes
+/// `logits`: `[T, E]`; `indices`, `weights`: `[T, K]`.
+///
+/// # Panics
+/// When a slice has the wrong length or an index is not in `0..E`.
+pub fn routing_weights<I: Index>(dims: RouterDims, logits: &[f32], indices: &[I], weights: &mut [f32]) {
+    dims.check();
+    let RouterDims { tokens, experts, top_k, .. } = dims;
+    assert_eq!(logits.len(), tokens * experts, "logits are [T, E]");
+    assert_eq!(indices.len(), tokens * top_k, "indices are [T, K]");
+    assert_eq!(weights.len(), tokens * top_k, "weights are [T, K]");
+    let isa = Isa::active();
+    let weights = Shared::new(weights);
+    parallel::for_each_chunk(tokens, TOKENS, |chunk| {
+        let mut scores = scratch::take::<f32>(experts);
+        for token in chunk {
+            let chosen = token * top_k..(token + 1) * top_k;
+            // SAFETY: each task owns its tokens.
+            let weights = unsafe { weights.slice(chosen.clone()) };
+            softmax(isa, &logits[token * experts..(token + 1) * experts], &mut scores);
+            for (weight, index) in weights.iter_mut().zip(&indices[chosen]) {
+                *weight = scores[expert(index)];
             }
             let divisor = if dims.norm_topk_prob { weights.iter().sum::<f32>() + SUM_EPS } else { 1.0 };
             for weight in weights {
@@ -97,6 +109,10 @@ pub fn route(dims: RouterDims, logits: &[f32], bias: &[f32], out: Routing<'_>) {
             }
         }
     });
+}
+
+fn expert<I: Index>(index: &I) -> usize {
+    usize::try_from(index.to_i64()).expect("the index of an expert")
 }
 
 /// Position of the first largest value.
@@ -154,45 +170,37 @@ fn softmax_body<const FMA: bool>(logits: &[f32], scores: &mut [f32]) {
     }
 }
 
-/// What [`route`] wrote, and the gradients that reach it.
-#[derive(Clone, Copy, Debug)]
-pub struct RoutingGrads<'a, I> {
-    /// Chosen experts, `[T, K]`.
-    pub indices: &'a [I],
-    /// Softmax scores, `[T, E]`.
-    pub scores: &'a [f32],
-    /// Gradient of the weights, `[T, K]`.
-    pub dweights: &'a [f32],
-    /// Gradient of the scores from elsewhere, such as a balance loss, `[T, E]`.
-    pub dscores: Option<&'a [f32]>,
-}
-
-/// Gradient of the logits of [`route`] (`[T, E]`), overwritten.
+/// Gradient of the logits (`[T, E]`, overwritten) by [`routing_weights`], from that of the weights.
+///
+/// # Shapes
+/// As in [`routing_weights`], with `dweights` in place of `weights`.
 ///
 /// # Panics
-/// When a slice has the wrong length.
-pub fn route_backward<I: Index>(dims: RouterDims, saved: RoutingGrads<'_, I>, dlogits: &mut [f32]) {
+/// As [`routing_weights`].
+pub fn routing_weights_backward<I: Index>(
+    dims: RouterDims,
+    logits: &[f32],
+    indices: &[I],
+    dweights: &[f32],
+    dlogits: &mut [f32],
+) {
     dims.check();
     let RouterDims { tokens, experts, top_k, .. } = dims;
-    assert_eq!(saved.indices.len(), tokens * top_k, "indices are [T, K]");
-    assert_eq!(saved.dweights.len(), tokens * top_k, "dweights are [T, K]");
-    assert_eq!(saved.scores.len(), tokens * experts, "scores are [T, E]");
-    assert!(saved.dscores.is_none_or(|d| d.len() == tokens * experts), "dscores are [T, E]");
+    assert_eq!(logits.len(), tokens * experts, "logits are [T, E]");
+    assert_eq!(indices.len(), tokens * top_k, "indices are [T, K]");
+    assert_eq!(dweights.len(), tokens * top_k, "dweights are [T, K]");
     assert_eq!(dlogits.len(), tokens * experts, "dlogits are [T, E]");
+    let isa = Isa::active();
     let dlogits = Shared::new(dlogits);
-    parallel::for_each_chunk(tokens, 32, |chunk| {
+    parallel::for_each_chunk(tokens, TOKENS, |chunk| {
+        let mut scores = scratch::take::<f32>(experts);
         for token in chunk {
             let row = token * experts..(token + 1) * experts;
             // SAFETY: each task owns its tokens.
             let d = unsafe { dlogits.slice(row.clone()) };
-            match saved.dscores {
-                Some(dscores) => d.copy_from_slice(&dscores[row.clone()]),
-                None => d.fill(0.0),
-            }
-            let scores = &saved.scores[row];
-            let chosen = &saved.indices[token * top_k..(token + 1) * top_k];
-            let dweights = &saved.dweights[token * top_k..(token + 1) * top_k];
-            let expert = |i: &I| usize::try_from(i.to_i64()).expect("a chosen expert");
+            softmax(isa, &logits[row], &mut scores);
+            let chosen = &indices[token * top_k..(token + 1) * top_k];
+            let dweights = &dweights[token * top_k..(token + 1) * top_k];
             let (mut sum, mut along) = (0.0f32, 0.0f32);
             for (i, dweight) in chosen.iter().zip(dweights) {
                 sum += scores[expert(i)];
@@ -200,11 +208,12 @@ pub fn route_backward<I: Index>(dims: RouterDims, saved: RoutingGrads<'_, I>, dl
             }
             let divisor = if dims.norm_topk_prob { sum + SUM_EPS } else { 1.0 };
             let pull = if dims.norm_topk_prob { along / divisor } else { 0.0 };
+            d.fill(0.0);
             for (i, dweight) in chosen.iter().zip(dweights) {
                 d[expert(i)] += dims.routed_scaling_factor * (dweight - pull) / divisor;
             }
-            let mean: f32 = d.iter().zip(scores).map(|(d, s)| d * s).sum();
-            for (d, score) in d.iter_mut().zip(scores) {
+            let mean: f32 = chosen.iter().map(|i| d[expert(i)] * scores[expert(i)]).sum();
+            for (d, score) in d.iter_mut().zip(&scores[..]) {
                 *d = score * (*d - mean);
             }
         }

@@ -179,7 +179,14 @@ fn combine<T: Element>(
     let mut sums = scratch::take::<f32>(value_dim);
     for row in 0..rows {
         let max = parts.iter().map(|part| part.max[row]).fold(f32::NEG_INFINITY, f32::max);
+        let (query, head) = lanes.query(row);
+        let index = query * input.dims.heads + head;
+        // SAFETY: a (query, head) pair is in one segment.
+        let (out, lse) =
+            unsafe { (out.slice(index * value_dim..(index + 1) * value_dim), lse.slice(index..index + 1)) };
         if max == f32::NEG_INFINITY && parts.iter().all(|part| part.sum[row] == 0.0) {
+            out.fill(T::default());
+            lse[0] = f32::NEG_INFINITY;
             continue;
         }
         let mut sum = 0.0f32;
@@ -194,11 +201,6 @@ fn combine<T: Element>(
                 }
             }
         }
-        let (query, head) = lanes.query(row);
-        let index = query * input.dims.heads + head;
-        // SAFETY: a (query, head) pair is in one segment.
-        let (out, lse) =
-            unsafe { (out.slice(index * value_dim..(index + 1) * value_dim), lse.slice(index..index + 1)) };
         for (out, value) in out.iter_mut().zip(&*sums) {
             *out = T::from_f32(value / sum);
         }

@@ -8,6 +8,7 @@ use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
 use crate::vector::{exp, mul_add, per_isa};
+use std::ops::Range;
 
 /// Softmax attention of each segment's queries over its keys.
 ///
@@ -22,15 +23,33 @@ use crate::vector::{exp, mul_add, per_isa};
 pub fn attention<T: Element>(input: &Attention<'_, T>, out: &mut [T], lse: &mut [f32]) {
     let (heads, value_dim) = (input.dims.heads, input.dims.value_dim);
     assert_eq!(out.len(), lse.len() * value_dim, "out is [Tq, N, Hv] and lse [Tq, N]");
-    input.check(lse.len() / heads.max(1));
-    out.fill(T::default());
-    lse.fill(f32::NEG_INFINITY);
+    let rows = lse.len() / heads.max(1);
+    input.check(rows);
+    for gap in gaps(input.segments, rows) {
+        out[gap.start * heads * value_dim..gap.end * heads * value_dim].fill(T::default());
+        lse[gap.start * heads..gap.end * heads].fill(f32::NEG_INFINITY);
+    }
     let isa = Isa::active();
     if pairs::<T, T>(isa) {
         forward::<Bf16Pair, T>(isa, input, out, lse);
     } else {
         forward::<f32, T>(isa, input, out, lse);
     }
+}
+
+/// Query rows in no segment.
+fn gaps(segments: &[Segment], rows: usize) -> Vec<Range<usize>> {
+    let mut queries: Vec<_> = segments.iter().map(|segment| segment.q.clone()).collect();
+    queries.sort_by_key(|q| q.start);
+    let mut end = 0;
+    let mut gaps = Vec::new();
+    for q in queries.into_iter().chain([rows..rows]) {
+        if end < q.start {
+            gaps.push(end..q.start);
+        }
+        end = end.max(q.end);
+    }
+    gaps
 }
 
 /// Keys and values of one segment and key-value head, packed block by block.
@@ -92,11 +111,19 @@ fn forward<P: Panel, T: Element>(isa: Isa, input: &Attention<'_, T>, out: &mut [
 
 /// Running softmax of each lane.
 struct Softmax {
+    /// What exponentials are relative to: the maximum, or at most [`SLACK`] below it; minus infinity before the first
+    /// visible key.
     max: [f32; NR],
     sum: [f32; NR],
     /// Factor on what was summed before the last block.
     rescale: [f32; NR],
+    /// Whether some factor is not 1.
+    rescales: bool,
 }
+
+/// A maximum that grows by less than this moves nothing: exponentials up to `e^8` lose nothing in floats, and the sums so
+/// far need not be multiplied.
+const SLACK: f32 = 8.0;
 
 fn lane_block<P: Panel, T: Element>(
     isa: Isa,
@@ -109,7 +136,8 @@ fn lane_block<P: Panel, T: Element>(
 ) {
     let dims = input.dims;
     let queries = lanes_panel::<P, T>(isa, lanes, dims.head_dim, |row, head| input.q_row(row, head));
-    let mut softmax = Softmax { max: [f32::NEG_INFINITY; NR], sum: [0.0; NR], rescale: [1.0; NR] };
+    let mut softmax =
+        Softmax { max: [f32::NEG_INFINITY; NR], sum: [0.0; NR], rescale: [1.0; NR], rescales: false };
     let mut sums = scratch::zeros(dims.value_dim * NR);
     let mut scores = scratch::take::<f32>(KEYS * NR);
     let key_steps = dims.head_dim.div_ceil(P::STEP);
@@ -119,7 +147,9 @@ fn lane_block<P: Panel, T: Element>(
         multiply(isa, left, block.len(), &queries, scores, false);
         let visible = lanes.limits.map(|limit| limit.saturating_sub(block.start as u32));
         softmax_block(isa, scores, &visible, input.scale, &mut softmax);
-        rescale(isa, &mut sums, &softmax.rescale);
+        if softmax.rescales {
+            rescale(isa, &mut sums, &softmax.rescale);
+        }
         let left = &packed.values
             [block.start / P::STEP * dims.value_dim..block.end.div_ceil(P::STEP) * dims.value_dim];
         multiply(isa, left, dims.value_dim, &scores_panel::<P>(isa, scores), &mut sums, true);
@@ -137,6 +167,9 @@ fn lane_block<P: Panel, T: Element>(
                 *out = T::from_f32(sums[lane] / sum);
             }
             lse[0] = softmax.max[lane] + sum.ln();
+        } else {
+            out.fill(T::default());
+            lse[0] = f32::NEG_INFINITY;
         }
     }
 }
@@ -165,13 +198,18 @@ fn softmax_block_body<const FMA: bool>(
             max[lane] = if score > max[lane] { score } else { max[lane] };
         }
     }
+    for (max, before) in max.iter_mut().zip(&state.max) {
+        *max = if *max > before + SLACK { *max } else { *before };
+    }
     // A lane that has seen no key yet keeps a finite shift, so that its exponentials are zero.
     let shift = max.map(|max| if max == f32::NEG_INFINITY { 0.0 } else { max });
     let before = state.max.iter().zip(&shift);
     for ((rescale, sum), (max, shift)) in state.rescale.iter_mut().zip(&mut state.sum).zip(before) {
-        *rescale = exp::<FMA>(max - shift);
+        // Nothing was summed before the first visible key.
+        *rescale = if *max == f32::NEG_INFINITY { 1.0 } else { exp::<FMA>(max - shift) };
         *sum *= *rescale;
     }
+    state.rescales = state.rescale.iter().any(|rescale| *rescale != 1.0);
     for row in rows {
         for lane in 0..NR {
             row[lane] = exp::<FMA>(row[lane] - shift[lane]);

@@ -3,16 +3,15 @@ use super::few::forward_few;
 use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, NR, Panel, Target, few_rows, pack_lanes, pairs, panels, tiles, write_rows};
+use crate::gemm::{
+    Bf16Pair, HALF, NR, Panel, Target, few_rows, pack_lanes, pairs, panels, tiles, write_rows,
+};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
 use crate::vector::{erf, mul_add, per_isa, sigmoid, tanh};
 use half::bf16;
 use std::ops::Range;
-
-/// Gate columns in a panel; the other half holds the same columns of up.
-const HALF: usize = NR / 2;
 
 /// Mixture of gated experts: `out[t] = sum_k weights[t, k] down[e] (act(gate[e] x[t]) * (up[e] x[t]))` with
 /// `e = indices[t, k]`.
@@ -27,66 +26,128 @@ pub fn moe_experts<X: Element, W: Element, I: Index>(experts: &Experts<'_, X, W,
     assert_eq!(out.len(), experts.x.len(), "out is [T, D]");
     let isa = Isa::active();
     let groups = Groups::new(experts.indices, experts.dims.top_k, experts.dims.experts);
+    let Experts { dims, activation, x, weights, .. } = *experts;
+    let tokens = Tokens { dims, activation, x, weights };
     match (groups.most_rows() <= few_rows::<X, W>(isa), pairs::<X, W>(isa)) {
         (true, true) => forward_few::<bf16, X, W, I>(isa, experts, &groups, out),
         (true, false) => forward_few::<f32, X, W, I>(isa, experts, &groups, out),
-        (false, true) => forward::<Bf16Pair, X, W, I>(isa, experts, &groups, out),
-        (false, false) => forward::<f32, X, W, I>(isa, experts, &groups, out),
+        (false, true) => forward::<Bf16Pair, X>(isa, tokens, experts, &groups, out),
+        (false, false) => forward::<f32, X>(isa, tokens, experts, &groups, out),
     }
 }
 
-fn forward<P: Panel, X: Element, W: Element, I: Index>(
-    isa: Isa,
-    experts: &Experts<'_, X, W, I>,
-    groups: &Groups,
-    out: &mut [X],
-) {
-    let ExpertDims { hidden, inter, .. } = experts.dims;
-    let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
-    let inner = gated(isa, experts, groups, &x);
-    scatter(
-        isa,
-        groups,
-        out,
-        [hidden, NR],
-        |cols, add| {
-            let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
-                let lane = |i: usize| &experts.down_row(expert, cols.start + i)[depth.start..];
-                pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
-            };
-            let source = |expert: usize| [experts.down_rows(expert, cols.clone()), &[]];
-            let shape = [inter, cols.len()];
-            groups.multiply(isa, &inner, shape, source, pack, |rows, sums| add(rows, sums));
-        },
-        |row| experts.weights[groups.slot(row)],
+/// The weights of all experts as right operands of products, for some columns at a time.
+pub(super) trait RightOperands<P: Panel>: Sync {
+    /// Multiplies with gate columns `cols`, at most [`HALF`], and the same columns of up: they lie in the two halves of a
+    /// panel.
+    fn gate_up(
+        &self,
+        isa: Isa,
+        groups: &Groups,
+        left: &[P],
+        cols: Range<usize>,
+        finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
+    );
+
+    /// Multiplies with columns `cols` of down.
+    fn down(
+        &self,
+        isa: Isa,
+        groups: &Groups,
+        left: &[P],
+        cols: Range<usize>,
+        finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
     );
 }
 
-/// `act(gate x) * (up x)` of every sorted row, packed as left tiles over F.
-fn gated<P: Panel, X: Element, W: Element, I: Index>(
-    isa: Isa,
-    experts: &Experts<'_, X, W, I>,
-    groups: &Groups,
-    x: &[P],
-) -> Scratch<P> {
-    let ExpertDims { hidden, inter, .. } = experts.dims;
-    let steps = inter.div_ceil(P::STEP);
-    let mut inner = scratch::take::<P>(groups.rows() * steps);
-    let shared = Shared::new(&mut inner);
-    parallel::for_each_chunk(inter, HALF, |cols| {
+impl<P: Panel, X: Element, W: Element, I: Index> RightOperands<P> for Experts<'_, X, W, I> {
+    fn gate_up(
+        &self,
+        isa: Isa,
+        groups: &Groups,
+        left: &[P],
+        cols: Range<usize>,
+        finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
+    ) {
+        let ExpertDims { hidden, inter, .. } = self.dims;
         let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             // Lanes past the last column repeat it; their sums are not used.
             let lane = |i: usize| {
                 let column = (cols.start + i % HALF).min(inter - 1);
                 let row = if i < HALF { column } else { inter + column };
-                &experts.gate_up_row(expert, row)[depth.start..]
+                &self.gate_up_row(expert, row)[depth.start..]
             };
             pack_lanes(isa, depth.len(), [NR, NR], lane, right);
         };
         let source =
-            |expert: usize| [0, inter].map(|up| experts.gate_up_rows(expert, up + cols.start..up + cols.end));
-        groups.multiply(isa, x, [hidden, NR], source, pack, |rows, sums| {
-            gate(isa, experts.activation, sums);
+            |expert: usize| [0, inter].map(|up| self.gate_up_rows(expert, up + cols.start..up + cols.end));
+        groups.multiply(isa, left, [hidden, NR], source, pack, finish);
+    }
+
+    fn down(
+        &self,
+        isa: Isa,
+        groups: &Groups,
+        left: &[P],
+        cols: Range<usize>,
+        finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
+    ) {
+        let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
+            let lane = |i: usize| &self.down_row(expert, cols.start + i)[depth.start..];
+            pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
+        };
+        let source = |expert: usize| [self.down_rows(expert, cols.clone()), &[]];
+        groups.multiply(isa, left, [self.dims.inter, cols.len()], source, pack, finish);
+    }
+}
+
+/// What goes through the experts.
+#[derive(Clone, Copy)]
+pub(super) struct Tokens<'a, X> {
+    pub(super) dims: ExpertDims,
+    pub(super) activation: Activation,
+    /// `[T, D]`
+    pub(super) x: &'a [X],
+    /// Routing weights, `[T, K]`.
+    pub(super) weights: &'a [f32],
+}
+
+pub(super) fn forward<P: Panel, X: Element>(
+    isa: Isa,
+    tokens: Tokens<'_, X>,
+    experts: &impl RightOperands<P>,
+    groups: &Groups,
+    out: &mut [X],
+) {
+    let ExpertDims { hidden, .. } = tokens.dims;
+    let row = |row: usize| &tokens.x[groups.token(row) * hidden..][..hidden];
+    let x = groups.pack_left::<P, X>(isa, hidden, row);
+    let inner = gated(isa, tokens.dims.inter, tokens.activation, experts, groups, &x);
+    scatter(
+        isa,
+        groups,
+        out,
+        [hidden, NR],
+        |cols, add| experts.down(isa, groups, &inner, cols, &mut |rows, sums| add(rows, sums)),
+        |row| tokens.weights[groups.slot(row)],
+    );
+}
+
+/// `act(gate x) * (up x)` of every sorted row, packed as left tiles over F.
+fn gated<P: Panel>(
+    isa: Isa,
+    inter: usize,
+    activation: Activation,
+    experts: &impl RightOperands<P>,
+    groups: &Groups,
+    x: &[P],
+) -> Scratch<P> {
+    let steps = inter.div_ceil(P::STEP);
+    let mut inner = scratch::take::<P>(groups.rows() * steps);
+    let shared = Shared::new(&mut inner);
+    parallel::for_each_chunk(inter, HALF, |cols| {
+        experts.gate_up(isa, groups, x, cols.clone(), &mut |rows, sums| {
+            gate(isa, activation, sums);
             for tile in tiles(rows.clone()) {
                 let height = tile.len();
                 let first = tile.start * steps + cols.start / P::STEP * height;

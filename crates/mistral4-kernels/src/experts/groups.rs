@@ -1,8 +1,7 @@
 //! Tokens sorted by expert, and products of the groups.
 use crate::element::{Element, Index};
-use crate::gemm::{NR, Panel, multiply_rows, pack_lanes, prefetch, tiles};
+use crate::gemm::{NR, Panel, multiply_rows, pack_left, prefetch, tiles};
 use crate::isa::Isa;
-use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
 use std::ops::Range;
 
@@ -73,23 +72,13 @@ impl Groups {
         depth: usize,
         row: impl Fn(usize) -> &'a [T] + Sync + Send,
     ) -> Scratch<P> {
-        let steps = depth.div_ceil(P::STEP);
-        let mut left = scratch::take(self.rows() * steps);
-        let shared = Shared::new(&mut left);
-        parallel::for_each(self.tiles.len(), |i| {
-            let tile = self.tiles[i].clone();
-            // SAFETY: tiles are disjoint ranges of rows.
-            let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
-            pack_lanes(isa, depth, [tile.len(), tile.len()], |lane| row(tile.start + lane), out);
-        });
-        left
+        pack_left(isa, &self.tiles, depth, row)
     }
 
     /// Multiplies the left tiles of every used expert with a right panel of that expert.
     ///
-    /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; `finish(rows, sums)`
-    /// receives `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)` is the memory that
-    /// `pack_right` reads for an expert; it is fetched while the expert before it is multiplied.
+    /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; see
+    /// [`Groups::multiply_with`] for the rest.
     pub(crate) fn multiply<'a, P: Panel, W: Element>(
         &self,
         isa: Isa,
@@ -97,13 +86,31 @@ impl Groups {
         [depth, columns]: [usize; 2],
         source: impl Fn(usize) -> [&'a [W]; 2],
         pack_right: impl Fn(usize, Range<usize>, &mut [P]),
+        finish: impl FnMut(Range<usize>, &mut [f32]),
+    ) {
+        let product = |expert: usize, rows: Range<usize>, fetch: &mut dyn FnMut(), sums: &mut [f32]| {
+            let pack = |depth: Range<usize>, out: &mut [P]| pack_right(expert, depth, out);
+            multiply_rows(isa, left, rows, depth, pack, fetch, sums);
+        };
+        self.multiply_with(columns, source, product, finish);
+    }
+
+    /// Multiplies the rows of every used expert with `columns` columns of that expert.
+    ///
+    /// `product(expert, rows, fetch, sums)` does so for one expert, calling `fetch` before each tile;
+    /// `finish(rows, sums)` receives the `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)`
+    /// is the memory that `product` reads for an expert; it is fetched while the expert before it is multiplied.
+    pub(crate) fn multiply_with<'a, W: 'a>(
+        &self,
+        columns: usize,
+        source: impl Fn(usize) -> [&'a [W]; 2],
+        product: impl Fn(usize, Range<usize>, &mut dyn FnMut(), &mut [f32]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
         let panels = columns.div_ceil(NR);
         let mut sums = scratch::take::<f32>(self.most_rows() * panels * NR);
         for (index, (expert, rows)) in self.used.iter().enumerate() {
             let sums = &mut sums[..rows.len() * panels * NR];
-            let pack = |depth: Range<usize>, out: &mut [P]| pack_right(*expert, depth, out);
             let mut next = self.used.get(index + 1).map_or([&[][..]; 2], |(expert, _)| source(*expert));
             // Depth is cut into few blocks; with one block the pieces come out right, with more they come sooner.
             let turns = tiles(rows.clone()).count() * panels;
@@ -116,7 +123,7 @@ impl Groups {
                     *rest = later;
                 }
             };
-            multiply_rows(isa, left, rows.clone(), depth, pack, &mut fetch, sums);
+            product(*expert, rows.clone(), &mut fetch, sums);
             finish(rows.clone(), sums);
         }
     }

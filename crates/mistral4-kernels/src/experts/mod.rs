@@ -9,6 +9,7 @@ mod forward;
 mod gated;
 mod grouped;
 mod groups;
+mod packed;
 
 pub use backward::{ExpertGrads, moe_experts_backward};
 pub use forward::moe_experts;
@@ -18,6 +19,7 @@ pub use grouped::{
     GroupedLinearDims, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
 };
 pub(crate) use groups::Groups;
+pub use packed::{PackedExperts, packed_experts};
 
 use crate::element::{Element, Index};
 use std::ops::Range;

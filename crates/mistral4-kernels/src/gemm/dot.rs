@@ -104,6 +104,48 @@ fn dot_four_body<W: Element, const FMA: bool>(x: &[f32], w: [&[W]; ROWS]) -> [f3
     out
 }
 
+/// Columns whose sums [`combine_rows`] keeps in registers.
+pub(crate) const COLUMNS: usize = 64;
+
+/// `out = sum_k factors[k] rows[k]`.
+pub(crate) fn combine_rows<X: Element, W: Element>(
+    isa: Isa,
+    factors: &[X],
+    rows: Rows<'_, W>,
+    out: &mut [f32],
+) {
+    assert_eq!(factors.len(), rows.count);
+    combine(isa, factors, rows, out);
+}
+
+per_isa! {
+    fn combine<X: Element, W: Element>(factors: &[X], rows: Rows<'_, W>, out: &mut [f32]) = combine_body;
+}
+
+#[inline(always)]
+fn combine_body<X: Element, W: Element, const FMA: bool>(factors: &[X], rows: Rows<'_, W>, out: &mut [f32]) {
+    let (blocks, tail) = out.as_chunks_mut::<COLUMNS>();
+    let wide = blocks.len() * COLUMNS;
+    for (block, out) in blocks.iter_mut().enumerate() {
+        let mut sums = [0.0f32; COLUMNS];
+        for (k, factor) in factors.iter().enumerate() {
+            let factor = factor.to_f32();
+            let row = &rows.data[k * rows.stride + block * COLUMNS..].as_chunks::<COLUMNS>().0[0];
+            for i in 0..COLUMNS {
+                sums[i] = mul_add::<FMA>(factor, row[i].to_f32(), sums[i]);
+            }
+        }
+        *out = sums;
+    }
+    tail.fill(0.0);
+    for (k, factor) in factors.iter().enumerate() {
+        let factor = factor.to_f32();
+        for (out, value) in tail.iter_mut().zip(&rows.data[k * rows.stride + wide..]) {
+            *out = mul_add::<FMA>(factor, value.to_f32(), *out);
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     //! Dot products of bf16 rows.

@@ -12,12 +12,15 @@ mod linear;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_avx512;
+mod packed;
 mod panel;
 mod portable;
 
-pub(crate) use dot::{Rows, dot_rows, few_rows};
+pub(crate) use dot::{Rows, combine_rows, dot_rows, few_rows};
 pub use linear::{LinearDims, linear, linear_backward_input, linear_backward_weight};
 pub(crate) use pack::{pack_lanes, pack_rows};
+pub(crate) use packed::HALF;
+pub use packed::{PackedMatrix, packed_linear};
 pub(crate) use panel::{Bf16Pair, MR, NR, Panel, TileOut};
 
 use crate::element::Element;
@@ -152,6 +155,8 @@ pub fn gemm<A: Element, B: Element, C: Element>(
     assert!(m <= 1 || c.row_stride >= n, "output rows overlap");
     if m <= few_rows::<A, B>(isa) && a.col_stride == 1 && b.row_stride == 1 {
         gemm_few(isa, dims, a, b, c, accumulate);
+    } else if m <= few_rows::<A, B>(isa) && a.col_stride == 1 {
+        combine_few(isa, dims, a, b, c, accumulate);
     } else if pairs::<A, B>(isa) {
         gemm_as::<Bf16Pair, A, B, C>(isa, dims, a, b, c, accumulate);
     } else {
@@ -190,6 +195,36 @@ fn gemm_few<A: Element, B: Element, C: Element>(
     });
 }
 
+/// Few left rows times a matrix whose rows are contiguous: sums of its rows.
+fn combine_few<A: Element, B: Element, C: Element>(
+    isa: Isa,
+    dims: GemmDims,
+    a: Matrix<'_, A>,
+    b: Matrix<'_, B>,
+    c: MatrixMut<'_, C>,
+    accumulate: bool,
+) {
+    /// Columns of one task at most: wide enough for the processor to fetch ahead along a row.
+    const COLUMNS: usize = 16 * dot::COLUMNS;
+    let GemmDims { m, n, k } = dims;
+    let (stride, c) = (c.row_stride, Shared::new(c.data));
+    // Little work stays on one thread.
+    let width = if n * k < 1 << 15 { n } else { n.div_ceil(rayon::current_num_threads()).min(COLUMNS) };
+    parallel::for_each_chunk(n, width.next_multiple_of(dot::COLUMNS), |cols| {
+        let mut sums = scratch::take::<f32>(cols.len());
+        for row in 0..m {
+            let factors = &a.data[row * a.row_stride..][..k];
+            let rows = Rows { data: &b.data[cols.start..], stride: b.row_stride, count: k };
+            combine_rows(isa, factors, rows, &mut sums);
+            // SAFETY: tasks own disjoint columns.
+            let target = unsafe { c.slice(row * stride + cols.start..row * stride + cols.end) };
+            for (c, sum) in target.iter_mut().zip(&sums[..]) {
+                *c = C::from_f32(if accumulate { c.to_f32() + sum } else { *sum });
+            }
+        }
+    });
+}
+
 /// Rows of weights that one task reads: enough bytes to be worth waking a thread.
 pub(crate) fn streamed_rows<T: Element>(depth: usize) -> usize {
     const BYTES: usize = 128 << 10;
@@ -204,14 +239,12 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
     c: MatrixMut<'_, C>,
     accumulate: bool,
 ) {
-    /// Rows whose packed steps of one block fit the second-level cache.
-    const PART_ROWS: usize = 64 * MR;
     let GemmDims { m, n, k } = dims;
     let steps = k.div_ceil(P::STEP);
     // Where rows of `b` are contiguous, long pieces of them are read at once.
     let width = if b.row_stride == 1 { NR } else { task_columns(n, 4) };
     let column_tasks = n.div_ceil(width);
-    let parts = task_target().div_ceil(column_tasks.max(1)).min(m.div_ceil(MR)).max(m.div_ceil(PART_ROWS));
+    let parts = row_parts(m, column_tasks);
     let part_rows = |part: usize| m * part / parts..m * (part + 1) / parts;
 
     let mut left = scratch::take::<P>(m * steps);
@@ -237,6 +270,33 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
             unsafe { write_rows(isa, sums, c, target, accumulate) };
         }
     });
+}
+
+/// Parts that rows are cut into beside `column_tasks`: enough tasks for all threads, and few enough rows in each for
+/// their packed steps of one block to fit the second-level cache.
+pub(crate) fn row_parts(rows: usize, column_tasks: usize) -> usize {
+    const PART_ROWS: usize = 64 * MR;
+    task_target().div_ceil(column_tasks.max(1)).min(rows.div_ceil(MR)).max(rows.div_ceil(PART_ROWS))
+}
+
+/// Packs rows as left tiles, which cover `0..` in order: `[tile][steps, height]`.
+pub(crate) fn pack_left<'a, P: Panel, T: Element>(
+    isa: Isa,
+    tiles: &[Range<usize>],
+    depth: usize,
+    row: impl Fn(usize) -> &'a [T] + Sync + Send,
+) -> scratch::Scratch<P> {
+    let steps = depth.div_ceil(P::STEP);
+    let mut left = scratch::take(tiles.last().map_or(0, |tile| tile.end) * steps);
+    let shared = Shared::new(&mut left);
+    parallel::for_each_chunk(tiles.len(), 4, |chunk| {
+        for tile in &tiles[chunk] {
+            // SAFETY: tiles are disjoint ranges of rows.
+            let out = unsafe { shared.slice(tile.start * steps..tile.end * steps) };
+            pack_lanes(isa, depth, [tile.len(), tile.len()], |lane| row(tile.start + lane), out);
+        }
+    });
+    left
 }
 
 /// Tasks that give every thread several.
@@ -276,7 +336,7 @@ pub(crate) fn multiply_rows<P: Panel>(
     rows: Range<usize>,
     depth: usize,
     pack_right: impl Fn(Range<usize>, &mut [P]),
-    between_tiles: &mut impl FnMut(),
+    between_tiles: &mut dyn FnMut(),
     sums: &mut [f32],
 ) {
     if rows.is_empty() {
@@ -284,27 +344,81 @@ pub(crate) fn multiply_rows<P: Panel>(
     }
     let panels = sums.len() / (rows.len() * NR);
     // Steps of one part of the summed axis: 32 KiB of each panel, and 128 KiB of all.
-    let block = (1024 / panels.max(1)).clamp(16, 256);
+    let block = (1024 / panels.max(1)).clamp(16, BLOCK);
     assert_eq!(sums.len(), panels * rows.len() * NR);
-    let steps = depth.div_ceil(P::STEP);
-    if steps == 0 {
+    let left = Left::new(left, rows, depth);
+    if left.steps == 0 {
         sums.fill(0.0);
     }
-    let mut right = scratch::take::<P>(panels * block.min(steps) * NR);
-    for first in (0..steps).step_by(block) {
-        let count = block.min(steps - first);
-        let right = &mut right[..panels * count * NR];
-        pack_right(first * P::STEP..((first + count) * P::STEP).min(depth), right);
-        for (right, sums) in right.chunks_exact(count * NR).zip(sums.chunks_exact_mut(rows.len() * NR)) {
-            for tile in tiles(rows.clone()) {
-                between_tiles();
-                let start = tile.start * steps + first * tile.len();
-                let left = &left[start..start + count * tile.len()];
-                let ptr = sums[(tile.start - rows.start) * NR..].as_mut_ptr();
-                let out = TileOut { ptr, stride: NR, accumulate: first > 0 };
-                // SAFETY: `sums` holds `NR` floats for each row.
-                unsafe { P::tile(isa, tile.len(), left, right, out) };
-            }
+    let mut right = scratch::take::<P>(panels * block.min(left.steps) * NR);
+    for first in (0..left.steps).step_by(block) {
+        let steps = first..(first + block).min(left.steps);
+        let right = &mut right[..panels * steps.len() * NR];
+        pack_right(first * P::STEP..(steps.end * P::STEP).min(depth), right);
+        let panels = right.chunks_exact(steps.len() * NR).zip(sums.chunks_exact_mut(left.rows.len() * NR));
+        for (right, sums) in panels {
+            left.multiply(isa, steps.clone(), right, between_tiles, sums);
+        }
+    }
+}
+
+/// As [`multiply_rows`] with a right operand whose panels are packed already, each over the whole summed axis.
+pub(crate) fn multiply_packed<'a, P: Panel>(
+    isa: Isa,
+    left: &[P],
+    rows: Range<usize>,
+    depth: usize,
+    panels: impl Iterator<Item = &'a [P]>,
+    between_tiles: &mut dyn FnMut(),
+    sums: &mut [f32],
+) {
+    let left = Left::new(left, rows, depth);
+    // What passes by once needs no place in the cache.
+    let block = if left.rows.len() <= MR { left.steps } else { BLOCK };
+    for (panel, sums) in panels.zip(sums.chunks_exact_mut((left.rows.len() * NR).max(1))) {
+        if left.steps == 0 {
+            sums.fill(0.0);
+        }
+        for first in (0..left.steps).step_by(block.max(1)) {
+            let steps = first..(first + block).min(left.steps);
+            left.multiply(isa, steps.clone(), &panel[first * NR..steps.end * NR], between_tiles, sums);
+        }
+    }
+}
+
+/// Steps of the summed axis after which a right panel of bf16 pairs has passed 32 KiB.
+const BLOCK: usize = 256;
+
+/// Rows of a packed left operand.
+struct Left<'a, P> {
+    tiles: &'a [P],
+    rows: Range<usize>,
+    steps: usize,
+}
+
+impl<'a, P: Panel> Left<'a, P> {
+    fn new(tiles: &'a [P], rows: Range<usize>, depth: usize) -> Self {
+        Self { tiles, rows, steps: depth.div_ceil(P::STEP) }
+    }
+
+    /// `sums[rows, NR] (+)= left[rows, steps] right[steps, NR]`; adds if `steps` are not the first.
+    fn multiply(
+        &self,
+        isa: Isa,
+        steps: Range<usize>,
+        right: &[P],
+        between_tiles: &mut dyn FnMut(),
+        sums: &mut [f32],
+    ) {
+        assert_eq!(sums.len(), self.rows.len() * NR);
+        for tile in tiles(self.rows.clone()) {
+            between_tiles();
+            let start = tile.start * self.steps + steps.start * tile.len();
+            let left = &self.tiles[start..start + steps.len() * tile.len()];
+            let ptr = sums[(tile.start - self.rows.start) * NR..].as_mut_ptr();
+            let out = TileOut { ptr, stride: NR, accumulate: steps.start > 0 };
+            // SAFETY: `sums` holds `NR` floats for each row.
+            unsafe { P::tile(isa, tile.len(), left, right, out) };
         }
     }
 }

@@ -30,6 +30,19 @@ struct Out {
     stride: usize,
 }
 
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+
+/// Asks for the codes a page after `tile`: the processor itself fetches ahead only within a page. Many rows take their
+/// time with a tile, so that it keeps up alone.
+#[inline(always)]
+fn fetch_ahead<const ROWS: usize>(tile: &Tile) {
+    if ROWS <= 2 {
+        // SAFETY: a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(tile.0.as_ptr().wrapping_add(PAGE).cast()) };
+    }
+}
+
 /// Scales of a group.
 ///
 /// # Safety
@@ -116,7 +129,10 @@ unsafe fn int_kernel<const R: usize, const FOUR: bool>(
                     low[r][chain] = _mm512_dpbusd_epi32(low[r][chain], codes, word(rows[r].0.add(x.stride)));
                 }
             };
-            let load = |tile: &Tile| _mm512_load_si512(tile.0.as_ptr().cast());
+            let load = |tile: &Tile| {
+                fetch_ahead::<R>(tile);
+                _mm512_load_si512(tile.0.as_ptr().cast())
+            };
             let first = group * group_size;
             if FOUR {
                 for (i, tile) in tiles.iter().enumerate() {
@@ -231,6 +247,7 @@ unsafe fn fp8_kernel<const R: usize>(panel: Panel<'_>, rows: [*const bf16; ROWS]
         // SAFETY: groups, columns and rows are in bounds as promised; a tile holds 64 bytes.
         unsafe {
             for tile in tiles {
+                fetch_ahead::<R>(tile);
                 let codes = _mm512_load_si512(tile.0.as_ptr().cast());
                 // The lookup takes the lower 7 bits of each code.
                 let low = _mm512_permutex2var_epi8(low[0], codes, low[1]);

@@ -20,7 +20,7 @@ pub use quantized::{
     quantized_linear_backward_input,
 };
 pub use rope::rope;
-pub use router::{route, route_backward};
+pub use router::{choose_experts, routing_weights, routing_weights_backward};
 
 /// The error function by its Taylor series (small arguments) and continued fraction (large ones).
 pub fn erf(x: f64) -> f64 {

@@ -7,6 +7,7 @@ mod gradients;
 mod loss;
 mod norm_rope;
 mod optimizer;
+mod packed;
 mod quantized;
 mod router;
 mod support;

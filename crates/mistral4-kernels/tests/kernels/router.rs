@@ -1,6 +1,6 @@
 //! Routing against its plain twin.
 use crate::support::{Random, assert_close, on_each_isa, poison};
-use mistral4_kernels::{RouterDims, Routing, RoutingGrads, reference, route, route_backward};
+use mistral4_kernels::{RouterDims, choose_experts, reference, routing_weights, routing_weights_backward};
 
 const PLAIN: RouterDims = RouterDims {
     tokens: 50,
@@ -12,14 +12,16 @@ const PLAIN: RouterDims = RouterDims {
     routed_scaling_factor: 1.5,
 };
 
-type Run = fn(RouterDims, &[f32], &[f32], Routing<'_>);
-
-fn run(kernel: Run, dims: RouterDims, logits: &[f32], bias: &[f32]) -> (Vec<i32>, Vec<f32>, Vec<f32>) {
+fn choose(dims: RouterDims, logits: &[f32], bias: &[f32]) -> Vec<i32> {
     let mut indices = vec![-1; dims.tokens * dims.top_k];
-    let (mut weights, mut scores) = (poison(indices.len()), poison(logits.len()));
-    let out = Routing { indices: &mut indices, weights: &mut weights, scores: &mut scores };
-    kernel(dims, logits, bias, out);
-    (indices, weights, scores)
+    choose_experts(dims, logits, bias, &mut indices);
+    indices
+}
+
+fn weigh(dims: RouterDims, logits: &[f32], indices: &[i32]) -> Vec<f32> {
+    let mut weights = poison(indices.len());
+    routing_weights(dims, logits, indices, &mut weights);
+    weights
 }
 
 #[test]
@@ -37,23 +39,20 @@ fn routes_and_gradients() {
             let mut random = Random::new(dims.experts as u64);
             let logits = random.values::<f32>(dims.tokens * dims.experts, 2.0);
             let bias = random.values::<f32>(dims.experts, 0.2);
-            let got = run(route, dims, &logits, &bias);
-            let want = run(reference::route, dims, &logits, &bias);
-            assert_eq!(got.0, want.0);
-            assert_close("weights", &got.1, &want.1, 2e-6);
-            assert_close("scores", &got.2, &want.2, 2e-6);
+            let indices = choose(dims, &logits, &bias);
+            let mut want = vec![-1; indices.len()];
+            reference::choose_experts(dims, &logits, &bias, &mut want);
+            assert_eq!(indices, want);
+            let (weights, mut want) = (weigh(dims, &logits, &indices), poison::<f32>(indices.len()));
+            reference::routing_weights(dims, &logits, &indices, &mut want);
+            assert_close("weights", &weights, &want, 2e-6);
 
-            let dweights = random.values::<f32>(got.1.len(), 1.0);
-            let extra = random.values::<f32>(logits.len(), 1.0);
-            for dscores in [None, Some(&extra[..])] {
-                let saved = RoutingGrads { indices: &got.0, scores: &got.2, dweights: &dweights, dscores };
-                let (mut d, mut want_d) = (poison::<f32>(logits.len()), poison::<f32>(logits.len()));
-                route_backward(dims, saved, &mut d);
-                reference::route_backward(dims, saved, &mut want_d);
-                // With one chosen expert and normalised weights the exact gradient is zero.
-                let both: Vec<f32> = d.iter().zip(&want_d).map(|(d, w)| d - w).collect();
-                assert!(both.iter().all(|d| d.abs() < 2e-6), "{dims:?}");
-            }
+            let dweights = random.values::<f32>(indices.len(), 1.0);
+            let (mut d, mut want) = (poison::<f32>(logits.len()), poison::<f32>(logits.len()));
+            routing_weights_backward(dims, &logits, &indices, &dweights, &mut d);
+            reference::routing_weights_backward(dims, &logits, &indices, &dweights, &mut want);
+            // With one chosen expert and normalised weights the exact gradient is zero.
+            assert!(d.iter().zip(&want).all(|(d, w)| (d - w).abs() < 2e-6), "{dims:?}");
         }
     });
 }
@@ -61,8 +60,10 @@ fn routes_and_gradients() {
 #[test]
 fn ties_go_to_the_lowest_index() {
     let dims = RouterDims { tokens: 1, top_k: 3, ..PLAIN };
-    let (indices, weights, _) = run(route, dims, &[0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], &[0.0; 8]);
+    let logits = [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0];
+    let indices = choose(dims, &logits, &[0.0; 8]);
     assert_eq!(indices, [1, 3, 0]);
+    let weights = weigh(dims, &logits, &indices);
     assert!((weights.iter().sum::<f32>() - 1.5).abs() < 1e-6);
 }
 
@@ -72,7 +73,7 @@ fn bias_chooses_but_does_not_weigh() {
     let dims = RouterDims { tokens: 1, top_k: 1, norm_topk_prob: false, routed_scaling_factor: 1.0, ..PLAIN };
     let mut bias = [0.0; 8];
     bias[5] = 2.0;
-    let (indices, weights, scores) = run(route, dims, &[0.5; 8], &bias);
+    let indices = choose(dims, &[0.5; 8], &bias);
     assert_eq!(indices, [5]);
-    assert_eq!(weights[0], scores[5]);
+    assert_eq!(weigh(dims, &[0.5; 8], &indices), [0.125]);
 }

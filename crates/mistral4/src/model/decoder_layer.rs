@@ -70,6 +70,15 @@ impl DecoderLayer {
         })
     }
 
+    /// Packs dense weights for inference.
+    pub(crate) fn pack(&mut self) {
+        self.self_attn.pack();
+        match &mut self.mlp {
+            FeedForward::Dense(mlp) => mlp.pack(),
+            FeedForward::Moe(moe) => moe.pack(),
+        }
+    }
+
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`, with the routing if the layer has experts
     pub fn forward(

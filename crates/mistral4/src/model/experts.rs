@@ -9,6 +9,7 @@ use crate::model::gate::Routing;
 use crate::model::lora::{ExpertLora, ExpertOrder};
 use crate::model::weight::ExpertWeight;
 use crate::ops;
+use crate::ops::packed::packed_experts;
 use crate::ops::quantized::{QuantizedExpertWeights, quantized_experts};
 use crate::weights::Parameters;
 
@@ -59,7 +60,18 @@ impl Experts {
                 let experts = QuantizedExpertWeights { gate_up, down };
                 quantized_experts(x, indices, weights, &experts, self.act)
             }
+            (ExpertWeight::Packed(gate_up), ExpertWeight::Packed(down)) => {
+                packed_experts(x, indices, weights, [&gate_up.weight, &down.weight], self.act)
+            }
             (gate_up, down) => ops::moe_experts(x, indices, weights, gate_up.val(), down.val(), self.act),
+        }
+    }
+
+    /// Packs dense weights for inference.
+    pub(crate) fn pack(&mut self) {
+        if self.gate_up_proj_lora.is_none() && self.down_proj_lora.is_none() {
+            self.gate_up_proj.pack(true);
+            self.down_proj.pack(false);
         }
     }
 

@@ -7,7 +7,7 @@ use mistral4_kernels as kernels;
 
 use crate::error::Result;
 use crate::model::moe::MoeOptions;
-use crate::ops;
+use crate::ops::{self, RouterDims};
 use crate::weights::Parameters;
 
 /// The router of one mixture layer, in f32 whatever the model's dtype.
@@ -79,53 +79,40 @@ impl Gate {
     pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> Routing {
         let spec = &self.spec;
         let tokens = x.dims()[0];
+        let dims = spec.dims(tokens);
         let device = x.device().without_autodiff();
-        let weight = self.weight.val().cast(DType::F32);
-        let logits = ops::linear(x.cast(DType::F32), weight);
-        let scores = softmax(logits.clone(), 1);
+        let logits = ops::linear_f32(x, self.weight.val());
 
         let chosen = if spec.options.fake_balanced_gate {
             spec.balanced_choice(tokens)
         } else {
             let bias = self.e_score_correction_bias.val();
-            spec.choice(&f32_values(logits.inner()), &f32_values(bias.inner()))
+            choice(dims, &f32_values(logits.clone().inner()), &f32_values(bias.inner()))
         };
         let load = spec.load(&chosen, token_mask);
         let indices = Tensor::<2, Int>::from_data(TensorData::new(chosen, [tokens, spec.top_k]), &device);
 
-        let mut weights = scores.clone().gather(1, indices.clone());
-        if spec.norm_topk_prob {
-            weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
-            if spec.top_k == 1 {
-                // A single weight is 1 whatever its score; the quotient's gradient would be rounding noise around 0.
-                weights = weights.detach();
-            }
-        }
-        let weights = weights * spec.routed_scaling_factor;
+        // A single weight is 1 whatever its score; the quotient's gradient would be rounding noise around 0.
+        let is_constant = spec.norm_topk_prob && spec.top_k == 1;
+        let weighed = if is_constant { logits.clone().detach() } else { logits.clone() };
+        let weights = ops::routing_weights(weighed, indices.clone(), dims);
         let aux_loss = (spec.options.aux_loss_coeff > 0.0)
-            .then(|| spec.load_balancing_loss(scores, &load, token_mask) * spec.options.aux_loss_coeff);
+            .then(|| spec.load_balancing_loss(logits, &load, token_mask) * spec.options.aux_loss_coeff);
         Routing { indices, weights, load, aux_loss }
     }
 }
 
 impl GateSpec {
-    /// The experts of each token, best first, `[T * K]`.
-    fn choice(&self, logits: &[f32], bias: &[f32]) -> Vec<i32> {
-        let dims = kernels::RouterDims {
-            tokens: logits.len() / self.experts,
+    fn dims(&self, tokens: usize) -> RouterDims {
+        RouterDims {
+            tokens,
             experts: self.experts,
             top_k: self.top_k,
             n_group: self.n_group,
             topk_group: self.topk_group,
             norm_topk_prob: self.norm_topk_prob,
             routed_scaling_factor: self.routed_scaling_factor as f32,
-        };
-        let mut indices = vec![0; dims.tokens * self.top_k];
-        let mut weights = vec![0.0; dims.tokens * self.top_k];
-        let mut scores = vec![0.0; logits.len()];
-        let out = kernels::Routing { indices: &mut indices, weights: &mut weights, scores: &mut scores };
-        kernels::route(dims, logits, bias, out);
-        indices
+        }
     }
 
     /// Experts in turn, so that each gets the same number of tokens: for measuring speed without routing luck.
@@ -147,7 +134,8 @@ impl GateSpec {
     /// `E * sum_e f_e p_e`, with `f_e` the share of choices that fell on expert `e` and `p_e` its mean score.
     ///
     /// Source: Fedus et al. 2021 (Switch Transformers), equation 4, as `Gate._compute_aux_loss` in NeMo AutoModel.
-    fn load_balancing_loss(&self, scores: Tensor<2>, load: &[u64], token_mask: Option<&[bool]>) -> Tensor<1> {
+    fn load_balancing_loss(&self, logits: Tensor<2>, load: &[u64], token_mask: Option<&[bool]>) -> Tensor<1> {
+        let scores = softmax(logits, 1);
         let [tokens, experts] = scores.dims();
         let device = scores.device().without_autodiff();
         let counted = token_mask.map_or(tokens, |mask| mask.iter().filter(|&&m| m).count()).max(1);
@@ -164,6 +152,13 @@ impl GateSpec {
             Tensor::<2>::from_data(TensorData::new(frequency, [1, experts]), (&device, DType::F32));
         (scores.sum_dim(0) / counted as f64 * frequency).sum()
     }
+}
+
+/// The experts of each token, best first, `[T * K]`.
+fn choice(dims: RouterDims, logits: &[f32], bias: &[f32]) -> Vec<i32> {
+    let mut indices = vec![0; dims.tokens * dims.top_k];
+    kernels::choose_experts(dims, logits, bias, &mut indices);
+    indices
 }
 
 fn f32_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

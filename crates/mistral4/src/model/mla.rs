@@ -120,6 +120,13 @@ impl Mla {
         })
     }
 
+    /// Packs dense weights for inference, except `kv_b_proj`, which decoding multiplies with from both sides.
+    pub(crate) fn pack(&mut self) {
+        let projections = [&mut self.q_proj, &mut self.q_a_proj, &mut self.q_b_proj];
+        let always = [&mut self.kv_a_proj_with_mqa, &mut self.o_proj];
+        projections.into_iter().flatten().chain(always).for_each(|linear| linear.weight.pack());
+    }
+
     /// Leaves each rank of `group` its part of the heads.
     pub(crate) fn set_tensor_group(&mut self, group: Arc<dyn Group>) {
         self.shape.heads /= group.size();

@@ -43,6 +43,13 @@ impl Mlp {
         })
     }
 
+    /// Packs dense weights for inference.
+    pub(crate) fn pack(&mut self) {
+        for linear in [&mut self.gate_proj, &mut self.up_proj, &mut self.down_proj] {
+            linear.weight.pack();
+        }
+    }
+
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {

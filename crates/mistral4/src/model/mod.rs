@@ -99,6 +99,15 @@ impl Mistral4 {
         }
     }
 
+    /// Puts the decoder's bf16 weights into the order in which the CPU's products read them; elsewhere, and where the
+    /// processor has no bf16 products, it changes nothing. For inference: packed weights are no parameters.
+    pub fn pack(mut self) -> Self {
+        let text = self.text_mut();
+        text.model.layers.iter_mut().for_each(|layer| layer.pack());
+        text.lm_head.weight.pack();
+        self
+    }
+
     /// The input of the first layer: token embeddings with image features in place.
     ///
     /// # Shapes

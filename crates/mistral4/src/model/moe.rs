@@ -74,6 +74,12 @@ impl Moe {
         })
     }
 
+    /// Packs dense weights for inference.
+    pub(crate) fn pack(&mut self) {
+        self.experts.pack();
+        self.shared_experts.pack();
+    }
+
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> (Tensor<2>, Routing) {

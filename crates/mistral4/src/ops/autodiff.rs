@@ -8,8 +8,10 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use mistral4_checkpoint::config::Activation;
+use mistral4_kernels::RouterDims;
 
 use super::extension::FusedOps;
+use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 /// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
@@ -62,6 +64,25 @@ pub(super) trait BackwardKernels: FusedOps {
     fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
     /// `dy^T x`.
     fn linear_backward_weight(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// `dy W` in the dtype of `x`, from an f32 `dy`.
+    fn linear_f32_backward_input(
+        dy: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+    /// `dy^T x` in the dtype of `weight`, from an f32 `dy`.
+    fn linear_f32_backward_weight(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: &FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+    /// Gradient of the logits.
+    fn routing_weights_backward(
+        logits: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        dweights: FloatTensor<Self>,
+        dims: RouterDims,
+    ) -> FloatTensor<Self>;
     /// Output and reciprocal standard deviation of each row.
     fn rms_norm_with_rstd(
         x: FloatTensor<Self>,
@@ -144,6 +165,39 @@ impl<B: BackwardKernels> Backward<B, 2> for Linear {
         if let Some(node) = to_weight {
             grads.register::<B>(node.id, B::linear_backward_weight(dy, x));
         }
+    }
+}
+
+#[derive(Debug)]
+struct LinearF32;
+
+impl<B: BackwardKernels> Backward<B, 2> for LinearF32 {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (x, weight) = ops.state;
+        let [to_x, to_weight] = ops.parents;
+        if let Some(node) = to_x {
+            grads.register::<B>(node.id, B::linear_f32_backward_input(dy.clone(), weight.clone(), &x));
+        }
+        if let Some(node) = to_weight {
+            grads.register::<B>(node.id, B::linear_f32_backward_weight(dy, x, &weight));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct RoutingWeights;
+
+impl<B: BackwardKernels> Backward<B, 1> for RoutingWeights {
+    type State = (FloatTensor<B>, IntTensor<B>, RouterDims);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dweights = grads.consume::<B>(&ops.node);
+        let (logits, indices, dims) = ops.state;
+        let dlogits = B::routing_weights_backward(logits, indices, dweights, dims);
+        register::<B, 1>(ops.parents.map(|p| p.map(|p| p.id)), [Some(dlogits)], grads);
     }
 }
 
@@ -301,6 +355,47 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         let out = <B as FusedOps>::linear(x.clone(), weight.clone());
         match op {
             OpsKind::Tracked(op) => op.finish((x, weight), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn linear_f32(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let op = LinearF32.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        let out = B::linear_f32(x.clone(), weight.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish((x, weight), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn packed_linear(x: FloatTensor<Self>, weight: PackedWeight) -> FloatTensor<Self> {
+        // The caller has made sure that nothing here is tracked.
+        Self::from_inner(B::packed_linear(x.into_primitive(), weight))
+    }
+
+    fn packed_experts(
+        x: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        experts: [PackedWeight; 2],
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        // As above.
+        let (x, weights) = (x.into_primitive(), weights.into_primitive());
+        Self::from_inner(B::packed_experts(x, indices, weights, experts, activation))
+    }
+
+    fn routing_weights(
+        logits: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        dims: RouterDims,
+    ) -> FloatTensor<Self> {
+        let op = RoutingWeights.prepare::<C>([logits.node()]).compute_bound().stateful();
+        let logits = logits.into_primitive();
+        let out = B::routing_weights(logits.clone(), indices.clone(), dims);
+        match op {
+            OpsKind::Tracked(op) => op.finish((logits, indices, dims), out),
             OpsKind::UnTracked(op) => op.finish(out),
         }
     }

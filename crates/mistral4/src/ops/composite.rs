@@ -6,11 +6,18 @@ use burn::tensor::{
 };
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, MlaSpec, RopeSpec, activation};
+use super::{AttentionSpec, MlaSpec, RopeSpec, RouterDims, activation};
 
 /// See [`super::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     x.matmul(weight.transpose())
+}
+
+/// See [`super::routing_weights`].
+pub fn routing_weights(logits: Tensor<2>, indices: Tensor<2, Int>, dims: RouterDims) -> Tensor<2> {
+    let weights = softmax(logits, 1).gather(1, indices);
+    let weights = if dims.norm_topk_prob { weights.clone() / (weights.sum_dim(1) + 1e-20) } else { weights };
+    weights * dims.routed_scaling_factor
 }
 
 /// See [`super::rms_norm`].

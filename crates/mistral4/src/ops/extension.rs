@@ -6,7 +6,9 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::Activation;
+use mistral4_kernels::RouterDims;
 
+use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
@@ -14,6 +16,28 @@ use super::{AttentionSpec, MlaSpec, RopeSpec};
 pub(super) trait FusedOps: Backend {
     /// See [`super::linear`].
     fn linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`super::linear_f32`].
+    fn linear_f32(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`super::packed::packed_linear`].
+    fn packed_linear(x: FloatTensor<Self>, weight: PackedWeight) -> FloatTensor<Self>;
+
+    /// See [`super::packed::packed_experts`].
+    fn packed_experts(
+        x: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        experts: [PackedWeight; 2],
+        activation: Activation,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::routing_weights`].
+    fn routing_weights(
+        logits: FloatTensor<Self>,
+        indices: IntTensor<Self>,
+        dims: RouterDims,
+    ) -> FloatTensor<Self>;
 
     /// See [`super::rms_norm`].
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
@@ -84,6 +108,29 @@ pub(super) trait FusedOps: Backend {
 
 pub(super) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as FusedOps>::linear(x.into_dispatch(), weight.into_dispatch()))
+}
+
+pub(super) fn linear_f32(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::linear_f32(x.into_dispatch(), weight.into_dispatch()))
+}
+
+pub(super) fn packed_linear(x: Tensor<2>, weight: PackedWeight) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::packed_linear(x.into_dispatch(), weight))
+}
+
+pub(super) fn packed_experts(
+    x: Tensor<2>,
+    indices: Tensor<2, Int>,
+    weights: Tensor<2>,
+    experts: [PackedWeight; 2],
+    activation: Activation,
+) -> Tensor<2> {
+    let (x, indices, weights) = (x.into_dispatch(), indices.into_dispatch(), weights.into_dispatch());
+    Tensor::from_dispatch(Dispatch::packed_experts(x, indices, weights, experts, activation))
+}
+
+pub(super) fn routing_weights(logits: Tensor<2>, indices: Tensor<2, Int>, dims: RouterDims) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::routing_weights(logits.into_dispatch(), indices.into_dispatch(), dims))
 }
 
 pub(super) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {

@@ -11,6 +11,7 @@ use mistral4_kernels as kernels;
 
 use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, RmsNormSaved};
 use super::extension::FusedOps;
+use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec};
 
 type F = FloatTensor<Flex>;
@@ -63,8 +64,13 @@ pub(super) fn tensor<T: BurnElement>(data: Vec<T>, shape: impl Into<Shape>) -> F
     F::from_data(TensorData::new(data, shape.into()))
 }
 
-pub(super) fn zeros<T: Default + Clone>(len: usize) -> Vec<T> {
-    vec![T::default(); len]
+/// Memory for what a kernel writes, holding what was there before: clearing it would take one thread as long as a
+/// kernel of two threads takes to fill it.
+pub(super) fn output<T: kernels::Element>(len: usize) -> Vec<T> {
+    let values = Box::<[T]>::new_uninit_slice(len);
+    // SAFETY: a float has no invalid bits, and every kernel writes its whole output before it reads any of it, which its
+    // tests check by filling outputs with NaN beforehand.
+    unsafe { values.assume_init() }.into_vec()
 }
 
 fn elements(t: &F) -> usize {
@@ -160,9 +166,66 @@ impl FusedOps for Flex {
         let dims = linear_dims(&x, &weight);
         let [x, weight] = [x, weight].map(|t| t.to_contiguous());
         by_dtype!(x, T => {
-            let mut y = zeros::<T>(dims.rows * dims.outputs);
+            let mut y = output::<T>(dims.rows * dims.outputs);
             kernels::linear(dims, slice::<T>(&x), slice::<T>(&weight), &mut y);
             tensor(y, [dims.rows, dims.outputs])
+        })
+    }
+
+    fn linear_f32(x: F, weight: F) -> F {
+        let dims = linear_dims(&x, &weight);
+        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        by_dtype!(x, X => by_dtype!(weight, W => {
+            let mut y = output::<f32>(dims.rows * dims.outputs);
+            kernels::linear(dims, slice::<X>(&x), slice::<W>(&weight), &mut y);
+            tensor(y, [dims.rows, dims.outputs])
+        }))
+    }
+
+    fn packed_linear(x: F, weight: PackedWeight) -> F {
+        let [rows, _] = x.shape().dims();
+        let outputs = weight.dims().rows;
+        let x = x.to_contiguous();
+        by_dtype!(x, T => {
+            let mut y = output::<T>(rows * outputs);
+            kernels::packed_linear(rows, slice::<T>(&x), &weight, &mut y);
+            tensor(y, [rows, outputs])
+        })
+    }
+
+    fn packed_experts(
+        x: F,
+        indices: I,
+        weights: F,
+        [gate_up, down]: [PackedWeight; 2],
+        activation: Activation,
+    ) -> F {
+        let [tokens, hidden] = x.shape().dims();
+        let [_, top_k] = indices.shape().dims();
+        let kernels::StackDims { matrices: experts, columns: inter, .. } = down.dims();
+        let [x, weights] = [x, weights].map(|t| t.to_contiguous());
+        by_dtype!(x, T => with_ints!(indices, indices => {
+            let mut out = output::<T>(elements(&x));
+            let experts = kernels::PackedExperts {
+                dims: kernels::ExpertDims { tokens, top_k, experts, hidden, inter },
+                activation: kernel_activation(activation),
+                x: slice::<T>(&x),
+                indices,
+                weights: slice(&weights),
+                gate_up: &gate_up,
+                down: &down,
+            };
+            kernels::packed_experts(&experts, &mut out);
+            tensor(out, x.shape())
+        }))
+    }
+
+    fn routing_weights(logits: F, indices: I, dims: kernels::RouterDims) -> F {
+        let logits = logits.to_contiguous();
+        with_ints!(indices, indices => {
+            let mut weights = output::<f32>(dims.tokens * dims.top_k);
+            kernels::routing_weights(dims, slice(&logits), indices, &mut weights);
+            tensor(weights, [dims.tokens, dims.top_k])
         })
     }
 
@@ -174,7 +237,7 @@ impl FusedOps for Flex {
         let dims = rope_dims(&x, &cos, &spec);
         let [x, cos, sin] = [x, cos, sin].map(|t| t.to_contiguous());
         by_dtype!(x, T => {
-            let mut y = zeros::<T>(elements(&x));
+            let mut y = output::<T>(elements(&x));
             kernels::rope(dims, slice::<T>(&x), slice(&cos), slice(&sin), spec.scale.as_deref(), &mut y);
             tensor(y, x.shape())
         })
@@ -195,7 +258,7 @@ impl FusedOps for Flex {
         let [q, kv_b] = [q, kv_b].map(|t| t.to_contiguous());
         let latents = if latents.layout().strides()[1] == 1 { latents } else { latents.to_contiguous() };
         by_dtype!(q, T => {
-            let mut out = zeros::<T>(tokens * heads * value_dim);
+            let mut out = output::<T>(tokens * heads * value_dim);
             let (latents, latent_stride) = strided::<T>(&latents);
             let input = kernels::LatentAttention {
                 dims: kernels::LatentDims { heads, nope, rope: head_dim - nope, rank, value_dim, latent_stride },
@@ -213,7 +276,7 @@ impl FusedOps for Flex {
     fn gated(gate: F, up: F, activation: Activation) -> F {
         let [gate, up] = [gate, up].map(|t| t.to_contiguous());
         by_dtype!(gate, T => {
-            let mut out = zeros::<T>(elements(&gate));
+            let mut out = output::<T>(elements(&gate));
             kernels::gated(kernel_activation(activation), slice::<T>(&gate), slice::<T>(&up), &mut out);
             tensor(out, gate.shape())
         })
@@ -222,7 +285,7 @@ impl FusedOps for Flex {
     fn add(a: F, b: F) -> F {
         let [a, b] = [a, b].map(|t| t.to_contiguous());
         by_dtype!(a, T => {
-            let mut out = zeros::<T>(elements(&a));
+            let mut out = output::<T>(elements(&a));
             kernels::add(slice::<T>(&a), slice::<T>(&b), &mut out);
             tensor(out, a.shape())
         })
@@ -233,7 +296,7 @@ impl FusedOps for Flex {
         let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
         let activation = kernel_activation(activation);
         by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut out = zeros::<T>(elements(&x));
+            let mut out = output::<T>(elements(&x));
             let experts = kernels::Experts {
                 dims,
                 activation,
@@ -253,7 +316,7 @@ impl FusedOps for Flex {
         let [rows, _] = x.shape().dims();
         let [x, weight] = [x, weight].map(|t| t.to_contiguous());
         by_dtype!(x, T => {
-            let mut y = zeros::<T>(rows * dims.outputs);
+            let mut y = output::<T>(rows * dims.outputs);
             kernels::grouped_linear(dims, &offsets, slice::<T>(&x), slice::<T>(&weight), &mut y);
             tensor(y, [rows, dims.outputs])
         })
@@ -271,7 +334,7 @@ impl BackwardKernels for Flex {
         let dims = kernels::LinearDims { rows, inputs, outputs };
         let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
         by_dtype!(dy, T => {
-            let mut dx = zeros::<T>(rows * inputs);
+            let mut dx = output::<T>(rows * inputs);
             kernels::linear_backward_input(dims, slice::<T>(&dy), slice::<T>(&weight), &mut dx, false);
             tensor(dx, [rows, inputs])
         })
@@ -283,9 +346,39 @@ impl BackwardKernels for Flex {
         let dims = kernels::LinearDims { rows, inputs, outputs };
         let [dy, x] = [dy, x].map(|t| t.to_contiguous());
         by_dtype!(dy, T => {
-            let mut dweight = zeros::<T>(outputs * inputs);
+            let mut dweight = output::<T>(outputs * inputs);
             kernels::linear_backward_weight(dims, slice::<T>(&dy), slice::<T>(&x), &mut dweight, false);
             tensor(dweight, [outputs, inputs])
+        })
+    }
+
+    fn linear_f32_backward_input(dy: F, weight: F, x: &F) -> F {
+        let dims = linear_dims(x, &weight);
+        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        by_dtype!(x, X => by_dtype!(weight, W => {
+            let mut dx = output::<X>(dims.rows * dims.inputs);
+            kernels::linear_backward_input(dims, slice::<f32>(&dy), slice::<W>(&weight), &mut dx, false);
+            tensor(dx, [dims.rows, dims.inputs])
+        }))
+    }
+
+    fn linear_f32_backward_weight(dy: F, x: F, weight: &F) -> F {
+        let dims = linear_dims(&x, weight);
+        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        by_dtype!(x, X => by_dtype!(weight, W => {
+            let mut dweight = output::<W>(dims.outputs * dims.inputs);
+            kernels::linear_backward_weight(dims, slice::<f32>(&dy), slice::<X>(&x), &mut dweight, false);
+            tensor(dweight, [dims.outputs, dims.inputs])
+        }))
+    }
+
+    fn routing_weights_backward(logits: F, indices: I, dweights: F, dims: kernels::RouterDims) -> F {
+        let [logits, dweights] = [logits, dweights].map(|t| t.to_contiguous());
+        with_ints!(indices, indices => {
+            let mut dlogits = output::<f32>(dims.tokens * dims.experts);
+            let (of_logits, of_weights) = (slice(&logits), slice(&dweights));
+            kernels::routing_weights_backward(dims, of_logits, indices, of_weights, &mut dlogits);
+            tensor(dlogits, [dims.tokens, dims.experts])
         })
     }
 
@@ -293,7 +386,7 @@ impl BackwardKernels for Flex {
         let [rows, _] = x.shape().dims();
         let [x, weight] = [x, weight].map(|t| t.to_contiguous());
         by_dtype!(x, T => {
-            let (mut y, mut rstd) = (zeros::<T>(elements(&x)), zeros::<f32>(rows));
+            let (mut y, mut rstd) = (output::<T>(elements(&x)), output::<f32>(rows));
             kernels::rms_norm(slice::<T>(&x), slice::<T>(&weight), eps as f32, &mut y, &mut rstd);
             (tensor(y, x.shape()), tensor(rstd, [rows]))
         })
@@ -303,8 +396,8 @@ impl BackwardKernels for Flex {
         let RmsNormSaved { x, weight, rstd } = saved;
         let [x, weight, rstd, dy] = [x, weight, rstd, dy].map(|t| t.to_contiguous());
         by_dtype!(x, T => {
-            let mut dx = zeros::<T>(elements(&x));
-            let mut dweight = want_weight.then(|| zeros::<T>(elements(&weight)));
+            let mut dx = output::<T>(elements(&x));
+            let mut dweight = want_weight.then(|| output::<T>(elements(&weight)));
             let saved =
                 kernels::RmsNormSaved { x: slice::<T>(&x), weight: slice::<T>(&weight), rstd: slice(&rstd) };
             kernels::rms_norm_backward(saved, slice::<T>(&dy), &mut dx, dweight.as_deref_mut());
@@ -316,7 +409,7 @@ impl BackwardKernels for Flex {
         let dims = rope_dims(&dy, &cos, &spec);
         let [dy, cos, sin] = [dy, cos, sin].map(|t| t.to_contiguous());
         by_dtype!(dy, T => {
-            let mut dx = zeros::<T>(elements(&dy));
+            let mut dx = output::<T>(elements(&dy));
             let scale = spec.scale.as_deref();
             kernels::rope_backward(dims, slice::<T>(&dy), slice(&cos), slice(&sin), scale, &mut dx);
             tensor(dx, dy.shape())
@@ -328,7 +421,7 @@ impl BackwardKernels for Flex {
         let [_, _, value_dim] = v.shape().dims();
         let [q, k, v] = [q, k, v].map(with_contiguous_rows);
         by_dtype!(q, T => {
-            let (mut out, mut lse) = (zeros::<T>(rows * heads * value_dim), zeros::<f32>(rows * heads));
+            let (mut out, mut lse) = (output::<T>(rows * heads * value_dim), output::<f32>(rows * heads));
             kernels::attention(&attention_inputs::<T>([&q, &k, &v], spec), &mut out, &mut lse);
             (tensor(out, [rows, heads, value_dim]), tensor(lse, [rows, heads]))
         })
@@ -340,7 +433,7 @@ impl BackwardKernels for Flex {
         let [q, k, v] = [q, k, v].map(with_contiguous_rows);
         let [out, lse, dout] = [out, lse, dout].map(|t| t.to_contiguous());
         by_dtype!(q, T => {
-            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|t| zeros::<T>(elements(t)));
+            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|t| output::<T>(elements(t)));
             let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
             let grads = kernels::AttentionGrads { q: &mut dq, k: &mut dk, v: &mut dv };
             kernels::attention_backward(
@@ -359,7 +452,7 @@ impl BackwardKernels for Flex {
         let [q, kv, k_pe] = [q, kv, k_pe].map(|t| t.to_contiguous());
         by_dtype!(q, T => {
             let (mut out, mut lse) =
-                (zeros::<T>(rows * heads * spec.value_dim), zeros::<f32>(rows * heads));
+                (output::<T>(rows * heads * spec.value_dim), output::<f32>(rows * heads));
             kernels::mla_attention(&mla_inputs::<T>([&q, &kv, &k_pe], spec), &mut out, &mut lse);
             (tensor(out, [rows, heads, spec.value_dim]), tensor(lse, [rows, heads]))
         })
@@ -369,7 +462,7 @@ impl BackwardKernels for Flex {
         let MlaSaved { q, kv, k_pe, out, lse, spec } = saved;
         let [q, kv, k_pe, out, lse, dout] = [q, kv, k_pe, out, lse, dout].map(|t| t.to_contiguous());
         by_dtype!(q, T => {
-            let [mut dq, mut dkv, mut dk_pe] = [&q, &kv, &k_pe].map(|t| zeros::<T>(elements(t)));
+            let [mut dq, mut dkv, mut dk_pe] = [&q, &kv, &k_pe].map(|t| output::<T>(elements(t)));
             let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
             let grads = kernels::MlaGrads { q: &mut dq, kv: &mut dkv, k_pe: &mut dk_pe };
             let inputs = mla_inputs::<T>([&q, &kv, &k_pe], &spec);
@@ -381,7 +474,7 @@ impl BackwardKernels for Flex {
     fn gated_backward([gate, up, dout]: [F; 3], activation: Activation) -> [F; 2] {
         let [gate, up, dout] = [gate, up, dout].map(|t| t.to_contiguous());
         by_dtype!(gate, T => {
-            let [mut dgate, mut dup] = [&gate, &up].map(|t| zeros::<T>(elements(t)));
+            let [mut dgate, mut dup] = [&gate, &up].map(|t| output::<T>(elements(t)));
             let inputs = [slice::<T>(&gate), slice::<T>(&up), slice::<T>(&dout)];
             kernels::gated_backward(kernel_activation(activation), inputs, [&mut dgate, &mut dup]);
             [dgate, dup].map(|d| tensor(d, gate.shape()))
@@ -396,10 +489,10 @@ impl BackwardKernels for Flex {
         let activation = kernel_activation(activation);
         let [want_x, want_weights, want_gate_up, want_down] = want;
         by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut dx = want_x.then(|| zeros::<T>(elements(&x)));
-            let mut dweights = want_weights.then(|| zeros::<f32>(elements(&weights)));
-            let mut dgate_up = want_gate_up.then(|| zeros::<T>(elements(&gate_up)));
-            let mut ddown = want_down.then(|| zeros::<T>(elements(&down)));
+            let mut dx = want_x.then(|| output::<T>(elements(&x)));
+            let mut dweights = want_weights.then(|| output::<f32>(elements(&weights)));
+            let mut dgate_up = want_gate_up.then(|| output::<T>(elements(&gate_up)));
+            let mut ddown = want_down.then(|| output::<T>(elements(&down)));
             let experts = kernels::Experts {
                 dims,
                 activation,
@@ -430,7 +523,7 @@ impl BackwardKernels for Flex {
         let [rows, _] = dy.shape().dims();
         let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
         by_dtype!(dy, T => {
-            let mut dx = zeros::<T>(rows * dims.inputs);
+            let mut dx = output::<T>(rows * dims.inputs);
             let (dy, weight) = (slice::<T>(&dy), slice::<T>(&weight));
             kernels::grouped_linear_backward_input(dims, offsets, dy, weight, &mut dx);
             tensor(dx, [rows, dims.inputs])
@@ -443,7 +536,7 @@ impl BackwardKernels for Flex {
         let dims = kernels::GroupedLinearDims { experts: offsets.len() - 1, inputs, outputs };
         let [dy, x] = [dy, x].map(|t| t.to_contiguous());
         by_dtype!(dy, T => {
-            let mut dweight = zeros::<T>(dims.experts * outputs * inputs);
+            let mut dweight = output::<T>(dims.experts * outputs * inputs);
             let (dy, x) = (slice::<T>(&dy), slice::<T>(&x));
             kernels::grouped_linear_backward_weight(dims, offsets, dy, x, &mut dweight);
             tensor(dweight, [dims.experts, outputs, inputs])
@@ -459,8 +552,8 @@ impl BackwardKernels for Flex {
         let [vocab, width] = lm_head.shape().dims();
         let [h, lm_head] = [h, lm_head].map(|t| t.to_contiguous());
         by_dtype!(h, T => with_ints!(labels, labels => {
-            let mut dh = want.0.then(|| zeros::<T>(elements(&h)));
-            let mut dlm_head = want.1.then(|| zeros::<T>(elements(&lm_head)));
+            let mut dh = want.0.then(|| output::<T>(elements(&h)));
+            let mut dlm_head = want.1.then(|| output::<T>(elements(&lm_head)));
             let input = kernels::LinearCrossEntropy {
                 hidden: slice::<T>(&h),
                 lm_head: slice::<T>(&lm_head),

@@ -12,6 +12,7 @@ pub mod composite;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod packed;
 pub mod quantized;
 
 #[cfg(all(test, feature = "flex"))]
@@ -20,9 +21,9 @@ mod tests;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use mistral4_checkpoint::config::Activation;
-pub use mistral4_kernels::Segment;
+pub use mistral4_kernels::{RouterDims, Segment};
 
 pub use self::collective::Group;
 
@@ -68,6 +69,31 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
         return extension::linear(x, weight);
     }
     composite::linear(x, weight)
+}
+
+/// A linear map with f32 results, whatever `x` and `weight` are in: the router's.
+///
+/// # Shapes
+/// - `x`: `[rows, in]`, `weight`: `[out, in]`, output: `[rows, out]`
+pub fn linear_f32(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::linear_f32(x, weight);
+    }
+    composite::linear(x.cast(DType::F32), weight.cast(DType::F32))
+}
+
+/// Weights of the experts chosen for each token: their `softmax(logits)`, divided by its sum over the token's choice if
+/// `dims` says so, times the factor there.
+///
+/// # Shapes
+/// - `logits`: `[T, E]` f32; `indices`, output: `[T, K]`
+pub fn routing_weights(logits: Tensor<2>, indices: Tensor<2, Int>, dims: RouterDims) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&logits.device()) {
+        return extension::routing_weights(logits, indices, dims);
+    }
+    composite::routing_weights(logits, indices, dims)
 }
 
 /// Root-mean-square norm: `x / sqrt(mean(x^2) + eps)`, computed in f32 and rounded once, times `weight`.

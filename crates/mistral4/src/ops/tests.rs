@@ -66,6 +66,60 @@ pub(super) fn compare_within<const N: usize, const D: usize>(
 }
 
 #[test]
+fn the_routers_linear_map_equals_composite() {
+    for dtypes in [[DType::F32; 2], [DType::BF16; 2], [DType::BF16, DType::F32]] {
+        let (rows, inputs, outputs) = (13, 33, 17);
+        let flat = [random([rows * inputs], 1), random([outputs * inputs], 2)];
+        let shaped = |[x, w]: [Tensor<1>; 2]| {
+            (x.reshape([rows, inputs]).cast(dtypes[0]), w.reshape([outputs, inputs]).cast(dtypes[1]))
+        };
+        let f32 = |t: Tensor<2>| t.cast(DType::F32);
+        compare_within(
+            // Gradients are rounded to the inputs' dtype.
+            if dtypes[0] == DType::F32 { 2e-6 } else { 4e-3 },
+            "linear in f32",
+            flat,
+            |flat| {
+                let (x, w) = shaped(flat);
+                linear_f32(x, w)
+            },
+            |flat| {
+                let (x, w) = shaped(flat);
+                composite::linear(f32(x), f32(w))
+            },
+        );
+    }
+}
+
+#[test]
+fn routing_weights_equal_composite() {
+    let dims = RouterDims {
+        tokens: 19,
+        experts: 11,
+        top_k: 3,
+        n_group: 1,
+        topk_group: 1,
+        norm_topk_prob: true,
+        routed_scaling_factor: 1.5,
+    };
+    let chosen: Vec<i32> =
+        (0..dims.tokens * dims.top_k).map(|slot| (slot * 4 % dims.experts) as i32).collect();
+    let indices = || {
+        let chosen = TensorData::new(chosen.clone(), [dims.tokens, dims.top_k]);
+        Tensor::<2, Int>::from_data(chosen, &Device::flex())
+    };
+    for dims in [dims, RouterDims { norm_topk_prob: false, ..dims }] {
+        let shape = [dims.tokens, dims.experts];
+        compare(
+            "routing weights",
+            [random([dims.tokens * dims.experts], 7)],
+            |[logits]| routing_weights(logits.reshape(shape), indices(), dims),
+            |[logits]| composite::routing_weights(logits.reshape(shape), indices(), dims),
+        );
+    }
+}
+
+#[test]
 fn linear_equals_composite() {
     for (rows, inputs, outputs) in [(1, 7, 5), (13, 33, 17), (64, 48, 100)] {
         let flat = [random([rows * inputs], 1), random([outputs * inputs], 2)];
@@ -326,4 +380,49 @@ fn bf16_stays_within_its_rounding_of_f32() {
 fn the_test_sequence_is_not_constant() {
     let v = values(random([100], 1));
     assert!(v.iter().any(|x| *x > 0.5) && v.iter().any(|x| *x < -0.5));
+}
+
+#[test]
+fn packed_weights_give_what_dense_ones_do() {
+    use super::packed::{packed_experts, packed_linear, unpacked};
+    use mistral4_kernels::{PackedMatrix, StackDims};
+    let bf16 = |t: Tensor<1>| t.cast(DType::BF16);
+    let host = |t: Tensor<1>| t.into_data().try_into_vec::<half::bf16>().unwrap();
+
+    let (rows, inputs, outputs) = (13, 33, 40);
+    let x = bf16(random([rows * inputs], 1)).reshape([rows, inputs]);
+    let flat = bf16(random([outputs * inputs], 2));
+    let packed =
+        PackedMatrix::new(StackDims { matrices: 1, rows: outputs, columns: inputs }, &host(flat.clone()));
+    let (packed, weight) = (Arc::new(packed), flat.reshape([outputs, inputs]));
+    let restored: Tensor<2> = unpacked(&packed, &Device::flex()).reshape([outputs, inputs]);
+    assert_eq!(restored.into_data(), weight.clone().into_data());
+    let want = values(composite::linear(x.clone(), weight));
+    assert_close("packed linear", &values(packed_linear(x.clone(), &packed)), &want, 4e-3);
+    // A tensor that asks for gradients goes through the unpacked weight.
+    let x = x.autodiff().require_grad();
+    let y = packed_linear(x.clone(), &packed);
+    assert_close("tracked", &values(y.clone()), &want, 4e-3);
+    assert!(x.grad_remove(&mut y.sum().backward()).is_some());
+
+    let (tokens, experts, hidden, inter) = (7, 3, 20, 18);
+    let x = bf16(random([tokens * hidden], 3)).reshape([tokens, hidden]);
+    let flat = [bf16(random([experts * 2 * inter * hidden], 4)), bf16(random([experts * hidden * inter], 5))];
+    let stack = |rows, columns| StackDims { matrices: experts, rows, columns };
+    let gate_up = Arc::new(PackedMatrix::gated(stack(2 * inter, hidden), &host(flat[0].clone())));
+    let down = Arc::new(PackedMatrix::new(stack(hidden, inter), &host(flat[1].clone())));
+    let chosen = TensorData::new((0..tokens * 2).map(|i| (i % 3) as i32).collect::<Vec<_>>(), [tokens, 2]);
+    let indices = Tensor::<2, Int>::from_data(chosen, &Device::flex());
+    let weights = random([tokens, 2], 6);
+    let [dense_gate_up, dense_down] = flat;
+    let want = composite::moe_experts(
+        x.clone(),
+        indices.clone(),
+        weights.clone(),
+        dense_gate_up.reshape([experts, 2 * inter, hidden]),
+        dense_down.reshape([experts, hidden, inter]),
+        Activation::Silu,
+    );
+    let got = packed_experts(x, indices, weights, [&gate_up, &down], Activation::Silu);
+    assert_close("packed experts", &values(got), &values(want), 1e-2);
 }

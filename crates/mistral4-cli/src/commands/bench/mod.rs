@@ -252,6 +252,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
     let quantized = quantization.map(|how| QuantizedSource::new(&source, &file.config, how));
     let source: &dyn ParameterSource = quantized.as_ref().map_or(&source, |quantized| quantized);
     let model = Mistral4::new(&file.config, MoeOptions::default(), source, &device)?;
+    let model = if arguments.mode == Mode::Train { model } else { model.pack() };
     let work = Work::new(arguments, &file.config, quantization);
     let mut runner = work.runner(model, device);
     let mut durations = Vec::new();

@@ -128,6 +128,7 @@ pub fn compute(arguments: &ForwardArguments) -> Result<(Vec<NamedArray>, f64)> {
     let adapter = arguments.model.adapter.as_ref();
     let adapter = adapter.map(|folder| Adapter::open(folder, checkpoint.config())).transpose()?;
     let model = load::build(&checkpoint, adapter.as_ref(), arguments.dtype.dtype(), weights, &device)?;
+    let model = if arguments.grads { model } else { model.pack() };
     let mut arrays = forward(&model, &inputs, arguments.hidden_states, &device)?;
     if let Some(labels) = inputs.labels.as_ref().filter(|_| arguments.grads) {
         let of_parameters = grads::gradients(&model, &inputs, labels, &device)?;

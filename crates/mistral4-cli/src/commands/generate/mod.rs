@@ -133,7 +133,7 @@ impl Generator {
             load_folder(base, dtype, weights, &model.config_options(), &device)?;
         let stop_tokens = stop_tokens(checkpoint.config(), &processor, &defaults);
         Ok(Generator {
-            model,
+            model: model.pack(),
             processor,
             sampling: options,
             max_new_tokens: sampling.max_new_tokens,

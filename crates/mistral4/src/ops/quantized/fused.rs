@@ -11,7 +11,7 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
 use super::{QuantizedExpertWeights, QuantizedWeight};
-use crate::ops::flex::{by_dtype, kernel_activation, slice, tensor, with_ints, zeros};
+use crate::ops::flex::{by_dtype, kernel_activation, output, slice, tensor, with_ints};
 
 /// Operations with quantised weights; see the functions in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -142,7 +142,7 @@ impl QuantizedOps for Flex {
         let outputs = weight.dims().rows;
         let x = x.to_contiguous();
         by_dtype!(x, T => {
-            let mut y = zeros::<T>(rows * outputs);
+            let mut y = output::<T>(rows * outputs);
             kernels::quantized_linear(rows, slice::<T>(&x), &weight, &mut y);
             tensor(y, [rows, outputs])
         })
@@ -158,7 +158,7 @@ impl QuantizedOps for Flex {
         let dims = expert_dims(&x, &indices, &experts);
         let [x, weights] = [x, weights].map(|t| t.to_contiguous());
         by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut out = zeros::<T>(dims.tokens * dims.hidden);
+            let mut out = output::<T>(dims.tokens * dims.hidden);
             let input = kernels::QuantizedExperts {
                 dims,
                 activation: kernel_activation(activation),
@@ -180,7 +180,7 @@ impl BackwardKernels for Flex {
         let inputs = weight.dims().columns;
         let dy = dy.to_contiguous();
         by_dtype!(dy, T => {
-            let mut dx = zeros::<T>(rows * inputs);
+            let mut dx = output::<T>(rows * inputs);
             kernels::quantized_linear_backward_input(rows, slice::<T>(&dy), &weight, &mut dx);
             tensor(dx, [rows, inputs])
         })
@@ -194,8 +194,8 @@ impl BackwardKernels for Flex {
         let dims = expert_dims(&x, &indices, &experts);
         let [x, weights, dout] = [x, weights, dout].map(|t| t.to_contiguous());
         by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut dx = zeros::<T>(dims.tokens * dims.hidden);
-            let mut dweights = zeros::<f32>(dims.tokens * dims.top_k);
+            let mut dx = output::<T>(dims.tokens * dims.hidden);
+            let mut dweights = output::<f32>(dims.tokens * dims.top_k);
             let input = kernels::QuantizedExperts {
                 dims,
                 activation: kernel_activation(activation),
