@@ -6,6 +6,7 @@ mod store;
 use std::collections::BTreeMap;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use half::bf16;
 use mistral4::inputs::{Layout, ModelInputs};
 use mistral4::model::Mistral4;
 use mistral4::{Images, ops};
@@ -16,28 +17,33 @@ pub use self::store::{ParameterStore, Unit, Whole};
 use crate::data::{Batch, BatchLayout};
 use crate::error::Result;
 
-/// Gradients by canonical key, flat, f32, summed over micro-batches.
+/// Gradients by canonical key, flat, summed over micro-batches in f32; those of a single micro-batch stay in the dtype
+/// that they were computed in.
 #[derive(Debug, Default)]
 pub struct Gradients(BTreeMap<String, Tensor<1>>);
 
 impl Gradients {
     /// Adds to the gradient of `key`.
     pub(crate) fn add(&mut self, key: String, gradient: Tensor<1>) {
-        let gradient = gradient.cast(DType::F32);
-        let sum = match self.0.remove(&key) {
-            Some(sum) => sum + gradient,
+        let sum = match self.remove(&key) {
+            Some(sum) => sum + gradient.cast(DType::F32),
             None => gradient,
         };
         self.0.insert(key, sum);
     }
 
-    /// The gradient of `key`, `[elements]`; `None` when the loss does not reach it.
+    /// The gradient of `key` in its dtype, `[elements]`; `None` when the loss does not reach it.
     pub fn get(&self, key: &str) -> Option<&Tensor<1>> {
         self.0.get(key)
     }
 
-    /// Takes the gradient of `key` out.
+    /// Takes the gradient of `key` out, in f32.
     pub fn remove(&mut self, key: &str) -> Option<Tensor<1>> {
+        self.take(key).map(|gradient| gradient.cast(DType::F32))
+    }
+
+    /// Takes the gradient of `key` out, in its dtype.
+    pub fn take(&mut self, key: &str) -> Option<Tensor<1>> {
         self.0.remove(key)
     }
 
@@ -58,14 +64,16 @@ impl Gradients {
         let square = |gradient: &mut Tensor<1>| -> f64 {
             let device = gradient.device();
             if ops::is_fused(&device) {
-                let empty = Tensor::zeros([0], (&device, DType::F32));
-                let data = std::mem::replace(gradient, empty).into_data();
-                let values = data.as_slice::<f32>().expect("gradients are f32");
-                let sum = mistral4_kernels::sum_of_squares(values);
-                *gradient = Tensor::from_data(data, (&device, DType::F32));
+                let dtype = gradient.dtype();
+                let data = std::mem::replace(gradient, Tensor::zeros([0], (&device, dtype))).into_data();
+                let sum = match dtype {
+                    DType::BF16 => sum_of_squares::<bf16>(&data),
+                    _ => sum_of_squares::<f32>(&data),
+                };
+                *gradient = Tensor::from_data(data, (&device, dtype));
                 return sum;
             }
-            f64::from(gradient.clone().square().sum().into_scalar::<f32>())
+            f64::from(gradient.clone().cast(DType::F32).square().sum().into_scalar::<f32>())
         };
         self.0.iter_mut().map(|(key, gradient)| weight(key) * square(gradient)).sum()
     }
@@ -73,10 +81,14 @@ impl Gradients {
     /// Multiplies every gradient by `factor`.
     pub fn scale(&mut self, factor: f64) {
         for gradient in self.0.values_mut() {
-            let scaled = gradient.clone() * factor;
+            let scaled = gradient.clone().cast(DType::F32) * factor;
             *gradient = scaled;
         }
     }
+}
+
+fn sum_of_squares<T: mistral4_kernels::Element + burn::tensor::Element>(data: &TensorData) -> f64 {
+    mistral4_kernels::sum_of_squares(data.as_slice::<T>().expect("the data has the tensor's dtype"))
 }
 
 /// What activations the backward pass finds again.

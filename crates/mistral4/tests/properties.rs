@@ -5,6 +5,7 @@ use mistral4::checkpoint::config::{Config, ConfigFile, ConfigOptions};
 use mistral4::checkpoint::weights::DType;
 use mistral4::generate::{Generation, Request, SamplingOptions};
 use mistral4::inputs::{ForwardOptions, Layout, LogitsToKeep, ModelInputs};
+use mistral4::model::PREFILL_TOKENS;
 use mistral4::model::moe::MoeOptions;
 use mistral4::weights::InitialSource;
 use mistral4::{Images, LatentCache, Mistral4};
@@ -320,4 +321,23 @@ fn parameters_carry_the_names_of_the_checkpoint() {
         want.sort();
         assert_eq!(got, want);
     }
+}
+
+/// The first piece begins the cache, the others continue it; the last token then continues all of them.
+#[test]
+fn a_long_prompt_read_in_pieces_is_as_if_read_at_once() {
+    let model = model(&config(false));
+    let length = 2 * PREFILL_TOKENS + 77;
+    let ids: Vec<u32> = (0..length as u32).map(|i| i * i % 50).collect();
+    let last = ForwardOptions { logits_to_keep: LogitsToKeep::Last(1), ..Default::default() };
+    let prompt = ModelInputs::rows(ids, 1);
+    let (mut whole, mut pieces) = (LatentCache::new(), LatentCache::new());
+    let want = model.forward(&prompt, Some(&mut whole), &last).unwrap();
+    let got = model.prefill(&prompt, &mut pieces, &last).unwrap();
+    assert_eq!(pieces.len(), length);
+    assert_same("prompt", &rows(got.logits.unwrap()), &rows(want.logits.unwrap()));
+    let mut next = |cache| {
+        rows(model.forward(&ModelInputs::rows(vec![7], 1), Some(cache), &last).unwrap().logits.unwrap())
+    };
+    assert_same("next token", &next(&mut pieces), &next(&mut whole));
 }

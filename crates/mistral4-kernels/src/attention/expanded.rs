@@ -49,11 +49,12 @@ pub struct MlaAttention<'a, T> {
     pub dims: MlaDims,
     /// Queries, rotated part last, `[T, N, nope + rope]`.
     pub q: &'a [T],
-    /// Output of `kv_b_proj`, each head's key part before its value, `[T, N, nope + value_dim]`.
+    /// Output of `kv_b_proj`, each head's key part before its value, `[slots, N, nope + value_dim]`; the slots are the
+    /// tokens themselves unless those of a cache come before them.
     pub kv: &'a [T],
-    /// Rotated part of the keys, `[T, rope]`.
+    /// Rotated part of the keys, `[slots, rope]`.
     pub k_pe: &'a [T],
-    /// Which tokens attend which.
+    /// Which tokens attend which slots.
     pub segments: &'a [Segment],
     /// Factor on scores before the softmax.
     pub scale: f32,
@@ -71,16 +72,15 @@ pub struct MlaGrads<'a, T> {
 }
 
 impl<T: Element> MlaAttention<'_, T> {
-    fn tokens(&self) -> usize {
+    fn slots(&self) -> usize {
         let d = self.dims;
-        let tokens = self.kv.len().checked_div(d.heads * d.kv_dim()).unwrap_or(0);
-        assert_eq!(self.kv.len(), tokens * d.heads * d.kv_dim(), "kv is [T, N, nope + v]");
-        assert_eq!(self.q.len(), tokens * d.heads * d.head_dim(), "q is [T, N, nope + rope]");
-        assert_eq!(self.k_pe.len(), tokens * d.rope, "k_pe is [T, rope]");
-        tokens
+        let slots = self.kv.len().checked_div(d.heads * d.kv_dim()).unwrap_or(0);
+        assert_eq!(self.kv.len(), slots * d.heads * d.kv_dim(), "kv is [slots, N, nope + v]");
+        assert_eq!(self.k_pe.len(), slots * d.rope, "k_pe is [slots, rope]");
+        slots
     }
 
-    /// Keys of all heads, `[T, N, nope + rope]`.
+    /// Keys of all heads, `[slots, N, nope + rope]`.
     fn keys(&self, tokens: usize) -> Scratch<T> {
         let d = self.dims;
         let row = d.heads * d.head_dim();
@@ -118,7 +118,9 @@ impl<T: Element> MlaAttention<'_, T> {
 /// # Panics
 /// When a slice has the wrong length or a segment lies outside.
 pub fn mla_attention<T: Element>(input: &MlaAttention<'_, T>, out: &mut [T], lse: &mut [f32]) {
-    let keys = input.keys(input.tokens());
+    let d = input.dims;
+    assert_eq!(input.q.len(), lse.len() * d.head_dim(), "q is [T, N, nope + rope]");
+    let keys = input.keys(input.slots());
     attention(&input.expanded(&keys), out, lse);
 }
 
@@ -136,7 +138,8 @@ pub fn mla_attention_backward<T: Element>(
     grads: MlaGrads<'_, T>,
 ) {
     let d = input.dims;
-    let tokens = input.tokens();
+    let tokens = input.slots();
+    assert_eq!(input.q.len(), tokens * d.heads * d.head_dim(), "q is [T, N, nope + rope]");
     assert_eq!(grads.kv.len(), input.kv.len(), "dkv is [T, N, nope + v]");
     assert_eq!(grads.k_pe.len(), input.k_pe.len(), "dk_pe is [T, rope]");
     let keys = input.keys(tokens);

@@ -11,12 +11,12 @@ use super::{Moments, ParameterState, Quantized, Values};
 /// The states' memory is taken out of their tensors and put back: nothing is copied unless it is shared.
 ///
 /// Source: `torch.optim.Adam` and `torch.optim.AdamW`; bitsandbytes for 8-bit moments.
-pub(super) fn fused(
+pub(super) fn fused<G: Element>(
     hyper: &AdamW,
     step: u64,
     state: ParameterState,
     values: Values<'_>,
-    gradient: &[f32],
+    gradient: &[G],
 ) -> ParameterState {
     let ParameterState { moments, master } = state;
     let mut master = master.map(Tensor::into_data);
@@ -32,8 +32,8 @@ pub(super) fn fused(
             let (dtype, device) = (exp_avg.dtype(), exp_avg.device());
             let mut data = [exp_avg.into_data(), exp_avg_sq.into_data()];
             match dtype {
-                DType::BF16 => float::<bf16>(hyper, step, (param, rounded), gradient, &mut data),
-                _ => float::<f32>(hyper, step, (param, rounded), gradient, &mut data),
+                DType::BF16 => float::<bf16, G>(hyper, step, (param, rounded), gradient, &mut data),
+                _ => float::<f32, G>(hyper, step, (param, rounded), gradient, &mut data),
             }
             let [exp_avg, exp_avg_sq] = data.map(|data| Tensor::from_data(data, (&device, dtype)));
             Moments::Float { exp_avg, exp_avg_sq }
@@ -65,11 +65,11 @@ pub(super) fn fused(
     ParameterState { moments, master }
 }
 
-fn float<S: Element + BurnElement>(
+fn float<S: Element + BurnElement, G: Element>(
     hyper: &AdamW,
     step: u64,
     (param, rounded): (&mut [f32], Option<&mut [bf16]>),
-    grad: &[f32],
+    grad: &[G],
     [exp_avg, exp_avg_sq]: &mut [TensorData; 2],
 ) {
     let state = AdamWState { param, grad, exp_avg: slice::<S>(exp_avg), exp_avg_sq: slice::<S>(exp_avg_sq) };

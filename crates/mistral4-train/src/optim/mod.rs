@@ -115,13 +115,13 @@ impl Optimizer {
 
     /// Moves the parameters that have a gradient in the step that was begun, and uses these gradients up.
     pub fn apply(&mut self, model: Mistral4, gradients: &mut Gradients, factors: StepFactors) -> Mistral4 {
-        model.map_parameters(|key, shape, values| match gradients.remove(key) {
+        model.map_parameters(|key, shape, values| match gradients.take(key) {
             Some(gradient) => self.update(key, shape, values, gradient, factors),
             None => values,
         })
     }
 
-    /// Moves one parameter in the step that was begun; `values` and `gradient` are flat, the gradient f32.
+    /// Moves one parameter in the step that was begun; `values` and `gradient` are flat, the gradient f32 or bf16.
     pub fn update(
         &mut self,
         key: &str,
@@ -133,29 +133,38 @@ impl Optimizer {
         let group = Group::of(key, shape);
         if let (Some(muon), Group::Matrix) = (&self.config.muon, group) {
             let state = self.state.parameters.remove(key);
-            let (state, values) =
-                muon::step(muon, state, values, muon::Matrices::new(key, shape, gradient), factors);
+            let (state, values) = muon::step(
+                muon,
+                state,
+                values,
+                muon::Matrices::new(key, shape, gradient.cast(DType::F32)),
+                factors,
+            );
             self.state.parameters.insert(key.to_owned(), state);
             return values;
         }
         let hyper = self.hyper(group, shape, factors);
         if !ops::is_fused(&values.device()) {
             let state = self.take(key, &values);
-            let (state, values) = adam::composite(&hyper, self.state.step, state, values, gradient);
+            let (state, values) =
+                adam::composite(&hyper, self.state.step, state, values, gradient.cast(DType::F32));
             self.state.parameters.insert(key.to_owned(), state);
             return values;
         }
         let (device, dtype) = (values.device(), values.dtype());
         let state = self.take(key, &values);
         let gradient = gradient.into_data();
-        let gradient = gradient.as_slice::<f32>().expect("gradients are f32");
         let mut data: TensorData = values.into_data();
         let in_place = match dtype {
             DType::F32 => Values::F32(data.as_mut_slice().expect("the data has the tensor's dtype")),
             DType::BF16 => Values::Bf16(data.as_mut_slice().expect("the data has the tensor's dtype")),
             other => panic!("parameters are f32 or bf16, not {other:?}"),
         };
-        let state = adam::fused(&hyper, self.state.step, state, in_place, gradient);
+        let step = self.state.step;
+        let state = match gradient.dtype() {
+            DType::BF16 => adam::fused::<bf16>(&hyper, step, state, in_place, slice(&gradient)),
+            _ => adam::fused::<f32>(&hyper, step, state, in_place, slice(&gradient)),
+        };
         self.state.parameters.insert(key.to_owned(), state);
         Tensor::from_data(data, (&device, dtype))
     }
@@ -207,4 +216,8 @@ impl Optimizer {
         let decoupled_weight_decay = self.config.kind == OptimizerKind::AdamW;
         AdamW { lr, beta1, beta2, eps: self.config.eps, weight_decay, decoupled_weight_decay, grad_scale }
     }
+}
+
+fn slice<T: burn::tensor::Element>(data: &TensorData) -> &[T] {
+    data.as_slice().expect("the data has the tensor's dtype")
 }

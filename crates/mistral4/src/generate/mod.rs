@@ -86,7 +86,7 @@ impl<'a> Generation<'a> {
         }
         let inputs = self.inputs()?;
         let options = ForwardOptions { logits_to_keep: LogitsToKeep::Last(1), ..Default::default() };
-        let logits = self.model.forward(&inputs, Some(&mut self.cache), &options)?.logits;
+        let logits = self.model.prefill(&inputs, &mut self.cache, &options)?.logits;
         let logits = logits.expect("logits of the last position were asked for");
         let [batch, vocab] = logits.dims();
         let logits: Vec<f32> =

@@ -1,9 +1,9 @@
 //! Multi-head latent attention.
 //!
 //! Keys and values are expanded from one latent of R values a token (`kv_b_proj`), beside one rotated key part that
-//! all heads share. The cache holds latents only. A pass that begins a cache, or has none, expands keys and values;
-//! a pass that continues one moves `kv_b_proj` to the query and output side instead (the absorbed form), and attends
-//! over the latents themselves.
+//! all heads share. The cache holds latents only. A pass that begins a cache, has none, or continues one with many
+//! tokens expands keys and values; one with few tokens moves `kv_b_proj` to the query and output side instead (the
+//! absorbed form), and attends over the latents themselves.
 //!
 //! Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; `Mistral4Attention` in transformers.
 
@@ -74,6 +74,15 @@ struct MlaShape {
     rank: usize,
     softmax_scale: f64,
     interleaved: bool,
+}
+
+impl MlaShape {
+    /// Tokens of a row up to which the absorbed form takes fewer operations. A query meets a slot in `2 R + rope`
+    /// products there and in `nope + rope + v` in the expanded form, which first spends `R (nope + v)` on each slot.
+    fn most_absorbed(&self) -> usize {
+        let more = (2 * self.rank).saturating_sub(self.nope + self.v);
+        (self.rank * (self.nope + self.v)).checked_div(more).unwrap_or(usize::MAX)
+    }
 }
 
 impl Mla {
@@ -158,10 +167,14 @@ impl Mla {
         let out = match (mask, cached) {
             (AttentionMask::Cached { segments, .. }, Some((all, batch))) => {
                 let slots = all.dims()[1];
+                let all = all.reshape([batch * slots, s.rank + s.rope]);
                 if slots == tokens / batch {
                     self.attend_expanded(q, latent, k_pe, mask)
+                } else if tokens / batch > s.most_absorbed() {
+                    let latent = all.clone().slice_dim(1, 0..s.rank);
+                    self.attend_expanded(q, latent, all.slice_dim(1, s.rank..s.rank + s.rope), mask)
                 } else {
-                    self.attend_absorbed(q, all.reshape([batch * slots, s.rank + s.rope]), segments)
+                    self.attend_absorbed(q, all, segments)
                 }
             }
             _ => self.attend_expanded(q, latent, k_pe, mask),
@@ -199,7 +212,7 @@ impl Mla {
         (copy_to_group(latent, &self.tensor_group), copy_to_group(k_pe, &self.tensor_group))
     }
 
-    /// Attention with keys and values expanded from the latents of this pass.
+    /// Attention with keys and values expanded from latents: those of this pass, or all that are cached.
     fn attend_expanded(
         &self,
         q: Tensor<3>,
@@ -208,10 +221,9 @@ impl Mla {
         mask: &AttentionMask,
     ) -> Tensor<3> {
         let s = &self.shape;
-        let tokens = latent.dims()[0];
-        let kv = self.kv_b_proj.forward(latent).reshape([tokens, s.heads, s.nope + s.v]);
+        let slots = latent.dims()[0];
+        let kv = self.kv_b_proj.forward(latent).reshape([slots, s.heads, s.nope + s.v]);
         match mask {
-            // The first pass of a cache: its slots are exactly the tokens of this pass.
             AttentionMask::Segments(segments) | AttentionMask::Cached { segments, .. } => {
                 ops::mla_attention(q, kv, k_pe, self.spec(segments))
             }

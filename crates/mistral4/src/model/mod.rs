@@ -29,10 +29,13 @@ pub use self::multimodal::Mistral3ForConditionalGeneration;
 pub use self::parallel::ModelGroups;
 pub use self::text::{Mistral4ForCausalLM, Mistral4Model};
 use crate::error::{Error, Result};
-use crate::inputs::{ForwardOptions, ModelInputs};
+use crate::inputs::{ForwardOptions, Layout, LogitsToKeep, ModelInputs};
 use crate::model::cache::LatentCache;
 use crate::model::moe::MoeOptions;
 use crate::weights::{ParameterSource, Parameters};
+
+/// Tokens of a long prompt that are read at once.
+pub const PREFILL_TOKENS: usize = 2048;
 
 /// A Mistral 4 model, with or without eyes.
 #[derive(Debug, Clone)]
@@ -122,6 +125,43 @@ impl Mistral4 {
             (Mistral4::Multimodal(model), Some(images)) => model.embed(inputs, images),
             (Mistral4::Text(_), Some(_)) => Err(Error::NoVision),
             (_, None) => Ok(text.model.embed(inputs)),
+        }
+    }
+
+    /// As [`Mistral4::forward`] with a cache, a long row in pieces of [`PREFILL_TOKENS`], so that activations take the
+    /// memory of one piece. Hidden states and routing are those of the last piece.
+    ///
+    /// # Errors
+    /// As [`Mistral4::forward`].
+    pub fn prefill(
+        &self,
+        inputs: &ModelInputs,
+        cache: &mut LatentCache,
+        options: &ForwardOptions,
+    ) -> Result<ModelOutput> {
+        let is_padded = inputs.attention_mask.as_ref().is_some_and(|mask| mask.contains(&false));
+        let keeps_last = matches!(options.logits_to_keep, LogitsToKeep::Last(1) | LogitsToKeep::Nothing);
+        let sequence = match inputs.layout {
+            Layout::Rows { batch: 1, sequence } if sequence > PREFILL_TOKENS && !is_padded && keeps_last => {
+                sequence
+            }
+            _ => return self.forward(inputs, Some(cache), options),
+        };
+        let embeds = self.embed(inputs)?;
+        let positions = inputs.positions(cache.len());
+        let mut begin = 0;
+        loop {
+            let end = (begin + PREFILL_TOKENS).min(sequence);
+            let piece = embeds.clone().slice_dim(0, begin..end);
+            let layout = Layout::Rows { batch: 1, sequence: end - begin };
+            let inputs = ModelInputs::embeddings(piece.clone(), layout)
+                .with_position_ids(positions[begin..end].to_vec());
+            if end == sequence {
+                return self.text().forward_embeds(piece, &inputs, Some(cache), options);
+            }
+            let silent = ForwardOptions { logits_to_keep: LogitsToKeep::Nothing, ..Default::default() };
+            self.text().forward_embeds(piece, &inputs, Some(&mut *cache), &silent)?;
+            begin = end;
         }
     }
 

@@ -161,10 +161,11 @@ pub struct MlaSpec {
     pub value_dim: usize,
 }
 
-/// Multi-head latent attention among the tokens of one pass, with keys and values expanded by `kv_b_proj`.
+/// Multi-head latent attention with keys and values expanded by `kv_b_proj`: among the tokens of one pass, or over the
+/// slots of a cache, which is for inference (the fused body then has no gradient).
 ///
 /// # Shapes
-/// - `q`: `[T, N, nope + rope]`, `kv`: `[T, N, nope + v]`, `k_pe`: `[T, rope]`
+/// - `q`: `[T, N, nope + rope]`, `kv`: `[slots, N, nope + v]`, `k_pe`: `[slots, rope]`
 /// - output: `[T, N, v]`
 pub fn mla_attention(q: Tensor<3>, kv: Tensor<3>, k_pe: Tensor<2>, spec: MlaSpec) -> Tensor<3> {
     #[cfg(feature = "flex")]

@@ -12,6 +12,7 @@ use mistral4::model::moe::MoeOptions;
 use mistral4::weights::{InitialSource, ParameterSource, QuantizedSource};
 use mistral4_checkpoint::config::ConfigOptions;
 use mistral4_checkpoint::weights::Bits;
+use mistral4_train::recipe::StateDtype;
 use serde::Serialize;
 
 use self::work::Work;
@@ -56,6 +57,9 @@ pub struct BenchArguments {
     /// How integers are grouped.
     #[command(flatten)]
     pub groups: GroupArguments,
+    /// Number format of AdamW's moments in train
+    #[arg(long, value_enum, default_value = "f32")]
+    pub states: States,
     /// Steps of decode
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
@@ -119,6 +123,30 @@ impl ValueEnum for BenchDType {
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         Some(PossibleValue::new(self.name()))
+    }
+}
+
+/// Formats of AdamW's moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum States {
+    /// 32-bit floats.
+    F32,
+    /// Brain floats, rounded at random.
+    Bf16,
+    /// 8 bits, scaled by blocks.
+    #[serde(rename = "8bit")]
+    #[value(name = "8bit")]
+    EightBit,
+}
+
+impl States {
+    fn state_dtype(self) -> StateDtype {
+        match self {
+            States::F32 => StateDtype::F32,
+            States::Bf16 => StateDtype::Bf16,
+            States::EightBit => StateDtype::Int8,
+        }
     }
 }
 
@@ -186,6 +214,9 @@ pub struct Measurement {
     pub median_s: f64,
     /// Shortest and longest duration.
     pub range_s: [f64; 2],
+    /// Number format of AdamW's moments in train.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub states: Option<States>,
     /// Tokens written a row in decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_tokens: Option<u32>,
@@ -291,6 +322,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         repetitions: arguments.repetitions,
         median_s: median,
         range_s: [durations[0], durations[durations.len() - 1]],
+        states: (arguments.mode == Mode::Train).then_some(arguments.states),
         new_tokens: is_decode.then_some(arguments.new_tokens),
         // After the memory was read off, since measuring takes some.
         cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype.float())),

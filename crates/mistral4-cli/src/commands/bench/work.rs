@@ -10,7 +10,7 @@ use mistral4_checkpoint::weights::names::{self, TensorKind};
 use mistral4_checkpoint::weights::{WeightFormat, WeightQuantization};
 use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
 use mistral4_train::optim::{Optimizer, StepFactors};
-use mistral4_train::recipe::OptimizerConfig;
+use mistral4_train::recipe::{OptimizerConfig, StateDtype};
 
 use super::{BenchArguments, Mode};
 use crate::error::Result;
@@ -22,6 +22,7 @@ pub(super) struct Work {
     sequence: usize,
     new_tokens: usize,
     seed: u64,
+    state_dtype: StateDtype,
     text: TextConfig,
     /// Values of the weights by what is done with them, embeddings left out.
     weights: BTreeMap<Use, f64>,
@@ -66,6 +67,7 @@ impl Work {
             sequence: arguments.tokens as usize,
             new_tokens: arguments.new_tokens as usize,
             seed: arguments.seed,
+            state_dtype: arguments.states.state_dtype(),
             text: config.text.clone(),
             weights,
             bytes,
@@ -125,7 +127,12 @@ impl Work {
 
     /// Something that does the work with a model.
     pub(super) fn runner(&self, model: Mistral4, device: Device) -> Runner<'_> {
-        let config = OptimizerConfig { lr: 1e-4, betas: [0.9, 0.95], ..OptimizerConfig::default() };
+        let config = OptimizerConfig {
+            lr: 1e-4,
+            betas: [0.9, 0.95],
+            state_dtype: self.state_dtype,
+            ..OptimizerConfig::default()
+        };
         let optimizer = Optimizer::new(config);
         Runner { work: self, model: Some(model), device, optimizer, cache: LatentCache::new() }
     }
@@ -187,8 +194,7 @@ impl Runner<'_> {
     fn pass(&mut self, ids: Vec<u32>) -> Result<()> {
         let model = self.model.as_ref().expect("the model is back after every step");
         let options = ForwardOptions { logits_to_keep: LogitsToKeep::Last(1), ..Default::default() };
-        let output =
-            model.forward(&ModelInputs::rows(ids, self.work.batch), Some(&mut self.cache), &options)?;
+        let output = model.prefill(&ModelInputs::rows(ids, self.work.batch), &mut self.cache, &options)?;
         // Reading the logits waits for the device, as choosing a token would.
         output.logits.expect("the last position's logits were asked for").into_data();
         Ok(())
