@@ -1,151 +1,153 @@
-"""Measures transformers and `mistral4 bench` in turns, on one machine, and prints medians and ratios.
+"""Measures `mistral4 bench`, transformers, NeMo AutoModel and llama.cpp in turns, on one machine.
 
-    python side_by_side.py [--binary path/to/mistral4] [--config configs/small.json] [--out RESULT.json]
+    python side_by_side.py --binary ../target/release/mistral4 --nemo ../../Automodel \\
+        --configs small medium --rounds 3 2 --repetitions 3 1 --out RESULT.json --picture RESULT.png
 
-Modes, each in bfloat16 with random weights:
+Prints tables and writes JSON and a picture. Weights and tokens are random. Modes:
 
-- prefill: one forward of a prompt with a cache, logits of the last position only;
-- decode: tokens one by one after a prompt, prefill not counted;
-- train: forward, backward and an AdamW step (fused, in bfloat16) on a row of labels.
+- prefill: a prompt into an empty cache, logits of the last position only, in bf16 (NeMo AutoModel: without a cache);
+- decode: tokens one by one after a prompt, prefill not timed; bf16, and our int8 and int4 beside q8_0 and q4_0;
+- train: forward, backward and an AdamW step on the prompt as labels, in bf16;
+- train-f32: the same with parameters, gradients and moments in f32 on both sides, once, to compare memory.
 
-transformers runs with `sdpa` attention and its ways to compute experts; the ratio is ours to the
-fastest of them. Every round measures every contender once, so that a slow minute of the machine hits all.
-Needs the packages of ../tools/golden/requirements.txt.
+Every round measures every contender once, so that a slow minute of the machine hits all; figures are medians over
+rounds, of medians over repetitions, after a run that is not counted. Each contender is a process (`contenders/`),
+kept from round to round where all fit into memory beside each other. One that isn't installed, or doesn't fit into
+memory, is left out with a word why. Shares are our count of operations and bytes (`mistral4 bench --help`) against
+the GEMM peak and read bandwidth that the runs of ours measured.
+
+Packages: requirements.txt. The GGUF files (5 GB for `medium`) are kept in --cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import statistics
-import subprocess
+import tempfile
 import time
 from pathlib import Path
 
-import torch
-import transformers
+import picture
+import report
+from contenders import MODES, Contender, Field, Missing
 
-# `batched_mm` copies the experts of every token: 50 times slower than the others on whole prompts.
-EXPERTS = {
-    "prefill": ["eager", "grouped_mm"],
-    "decode": ["eager", "grouped_mm", "batched_mm"],
-    "train": ["eager", "grouped_mm"],
-}
-DECODED_TOKENS = 32
+HERE = Path(__file__).resolve().parent
 
 
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def machine() -> dict:
+    """What the numbers depend on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "memory_bytes": memory}
 
 
-class Transformers:
-    """The reference, one model for all modes and experts implementations."""
-
-    def __init__(self, config: Path, batch: int, tokens: int):
-        torch.manual_seed(0)
-        settings = transformers.Mistral4Config.from_json_file(config)
-        torch.set_default_dtype(torch.bfloat16)
-        self.model = transformers.Mistral4ForCausalLM._from_config(settings, attn_implementation="sdpa")
-        torch.set_default_dtype(torch.float32)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        self.ids = torch.randint(16, settings.vocab_size, (batch, tokens))
-
-    def measure(self, mode: str, experts: str) -> float:
-        """Tokens a second."""
-        self.model.set_experts_implementation(experts)
-        return getattr(self, mode)()
-
-    @torch.inference_mode()
-    def prefill(self) -> float:
-        self.model.eval()
-        start = time.perf_counter()
-        self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
-        return self.ids.numel() / (time.perf_counter() - start)
-
-    @torch.inference_mode()
-    def decode(self) -> float:
-        self.model.eval()
-        output = self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
-        for _ in range(DECODED_TOKENS):
-            token = output.logits[:, -1:].argmax(-1)
-            output = self.model(input_ids=token, cache=output.cache, use_cache=True)
-        return len(self.ids) * DECODED_TOKENS / (time.perf_counter() - start)
-
-    def train(self) -> float:
-        self.model.train()
-        start = time.perf_counter()
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.ids.numel() / (time.perf_counter() - start)
+def measure_mode(field: Field, rounds: int, repetitions: int) -> dict[Contender, list[dict]]:
+    """What every contender told in each round; those that can't take part are in `field.skipped`."""
+    measured: dict[Contender, list[dict]] = {}
+    if field.mode == "train-f32":
+        rounds = repetitions = 1
+    for number in range(1, rounds + 1):
+        for contender in field.contenders:
+            if contender.name in field.skipped:
+                continue
+            begin = time.monotonic()
+            try:
+                result = field.measure(contender, repetitions)
+            except Missing as reason:
+                field.skipped[contender.name] = str(reason)
+                print(f"{field.mode}: {contender.name} is left out: {reason}", flush=True)
+                continue
+            measured.setdefault(contender, []).append(result)
+            took = f"took {time.monotonic() - begin:.0f} s"
+            speed = f"{contender.name} {result['tokens_per_s']:.1f} tokens/s"
+            print(f"{field.mode} {number}/{rounds}: {speed}, {took}", flush=True)
+    return measured
 
 
-def measure_ours(options: argparse.Namespace, mode: str) -> float:
-    """Tokens a second of one `mistral4 bench`, itself a median over its repetitions."""
-    command = [options.binary, "bench", "--config", options.config, "--mode", mode, "--dtype", "bf16", "--json"]
-    command += ["--tokens", options.tokens, "--batch", options.batch, "--threads", options.threads]
-    run = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
-    return json.loads(run.stdout)["tokens_per_s"]
+def measure_config(config: Path, rounds: int, repetitions: int, options: argparse.Namespace, versions: dict) -> dict:
+    """All modes of a configuration, and their tables."""
+    results, raw = {}, []
+    for mode in options.modes:
+        field = Field(mode, config, options, versions)
+        try:
+            measured = measure_mode(field, rounds, repetitions)
+            states = {each: field.states(each) for each in measured}
+        finally:
+            field.close()
+        raw.append(measured)
+        results[mode] = {"contenders": report.summarise(mode, measured, states), "skipped": field.skipped}
+        print(f"\n{config.stem}, {options.batch} x {options.tokens} tokens")
+        print(report.table(mode, results[mode]["contenders"]) + "\n", flush=True)
+    figures = report.headlines(results)
+    for what, value in figures.items():
+        print(f"{config.stem} {what}: {value:.2f}")
+    return {
+        "parameters": field.parameters,
+        "rounds": rounds,
+        "repetitions": repetitions,
+        "peaks": report.peaks(raw),
+        "modes": results,
+        "headlines": figures,
+    }
 
 
-def measure_mode(reference: Transformers, mode: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens a second of every contender, a list of rounds each; one round before them is not counted."""
-    rounds: dict[str, list[float]] = {}
-    for counted in [False] + [True] * options.rounds:
-        for experts in EXPERTS[mode]:
-            speed = reference.measure(mode, experts)
-            if counted:
-                rounds.setdefault(f"transformers {experts}", []).append(speed)
-        if options.binary and counted:
-            rounds.setdefault("mistral4", []).append(measure_ours(options, mode))
-    return rounds
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--binary", type=Path, help="mistral4; without it, only the others are measured")
+    parser.add_argument("--nemo", type=Path, help="a checkout of NeMo AutoModel, where it isn't installed")
+    parser.add_argument("--configs", nargs="+", default=["small"], help="names in configs/, or files")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="one number, or one for each config")
+    parser.add_argument("--repetitions", type=int, nargs="+", default=[3], help="one number, or one for each config")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--flash", choices=["on", "off"], default="on", help="flash attention of llama.cpp")
+    head = "bits of int4's and q4_0's output projection"
+    parser.add_argument("--head-bits", type=int, choices=[8, 4], default=8, help=head)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mistral4-bench")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--picture", type=Path, help="PNG file")
+    options = parser.parse_args()
+    for name in ["rounds", "repetitions"]:
+        given = getattr(options, name)
+        if len(given) not in (1, len(options.configs)):
+            parser.error(f"--{name}: give one number, or one for each of --configs")
+        setattr(options, name, given * len(options.configs) if len(given) == 1 else given)
+    named = {each: HERE / "configs" / f"{each}.json" for each in options.configs}
+    options.configs = [path if path.exists() else Path(each) for each, path in named.items()]
+    if missing := [str(path) for path in options.configs if not path.exists()]:
+        parser.error(f"--configs: {missing[0]} is neither a name in configs/ nor a file")
+    return options
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=Path)
-    parser.add_argument("--config", type=Path, default=here / "configs/small.json")
-    parser.add_argument("--modes", nargs="+", choices=EXPERTS, default=list(EXPERTS))
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-
-    reference = Transformers(options.config, options.batch, options.tokens)
-    results = {}
-    for mode in options.modes:
-        rounds = measure_mode(reference, mode, options)
-        medians = {name: statistics.median(speeds) for name, speeds in rounds.items()}
-        fastest = max(speed for name, speed in medians.items() if name != "mistral4")
-        results[mode] = {"rounds": rounds, "median_tokens_per_s": medians}
-        for name, speed in medians.items():
-            print(f"{mode:8} {name:24} {speed:10.1f} tokens/s", flush=True)
-        if "mistral4" in medians:
-            results[mode]["ratio_to_fastest"] = medians["mistral4"] / fastest
-            print(f"{mode:8} mistral4 is {results[mode]['ratio_to_fastest']:.2f} times the fastest of transformers")
-    report = {
-        "config": options.config.stem,
-        "tokens": options.tokens,
-        "batch": options.batch,
-        "threads": options.threads,
-        "dtype": "bf16",
-        "decoded_tokens": DECODED_TOKENS,
-        "machine": {"cpu": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()},
-        "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
-        "results": results,
+    options = parse()
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"the load of this machine is {load:.1f}: other work distorts what is measured")
+    versions: dict[str, str] = {}
+    configs = {
+        config.stem: measure_config(config, rounds, repetitions, options, versions)
+        for config, rounds, repetitions in zip(options.configs, options.rounds, options.repetitions, strict=True)
+    }
+    keys = ["tokens", "new_tokens", "batch", "threads", "flash", "head_bits"]
+    settings = {key: getattr(options, key) for key in keys}
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {**machine(), "load_before": load},
+        "versions": versions,
+        "settings": settings,
+        "configs": configs,
     }
     if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.picture:
+        picture.draw([result], options.picture)
 
 
 if __name__ == "__main__":
