@@ -25,9 +25,11 @@ pub struct LinearCrossEntropy<'a, X, W, I> {
     pub vocab: usize,
     /// D.
     pub width: usize,
+    /// Coefficient of the squared log-sum-exp of each labelled token's logits, which joins its loss; 0: none.
+    pub z_loss: f32,
 }
 
-/// Where [`linear_cross_entropy`] writes gradients of the summed loss; those that are `None` are not computed.
+/// Where [`linear_cross_entropy`] writes gradients of the summed loss, that of the log-sum-exps included; those that are `None` are not computed.
 #[derive(Debug)]
 pub struct LinearCrossEntropyGrads<'a, X, W> {
     /// Gradient of the hidden states, `[T, D]`.
@@ -41,6 +43,8 @@ pub struct LinearCrossEntropyGrads<'a, X, W> {
 pub struct LossSum {
     /// Sum of the negative log-likelihoods.
     pub loss: f64,
+    /// Sum of the squared log-sum-exps, times their coefficient.
+    pub z_loss: f64,
     /// Tokens that carry loss.
     pub count: usize,
 }
@@ -50,13 +54,15 @@ pub struct LossSum {
 /// Gradients are those of the sum, so the caller divides by a token count of its choice. Only tokens with a
 /// label cost anything.
 ///
+/// Source: Chowdhery et al. 2022 (PaLM), section 5, for the z-loss.
+///
 /// # Panics
 /// When a slice has the wrong length or a label is neither in `0..V` nor [`IGNORE_INDEX`].
 pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
     input: &LinearCrossEntropy<'_, X, W, I>,
     grads: LinearCrossEntropyGrads<'_, X, W>,
 ) -> LossSum {
-    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width } = *input;
+    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss } = *input;
     assert_eq!(hidden.len(), labels.len() * width, "hidden is [T, D]");
     assert_eq!(lm_head.len(), vocab * width, "lm_head is [V, D]");
     let LinearCrossEntropyGrads { hidden: mut dhidden, lm_head: mut dlm_head } = grads;
@@ -79,7 +85,7 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
         })
         .collect();
     let want_grads = dhidden.is_some() || dlm_head.is_some();
-    let mut total = 0.0f64;
+    let mut total = LossSum { loss: 0.0, z_loss: 0.0, count: targets.len() };
     let block_rows = (LOGITS / vocab.max(1)).clamp(16, 4096);
     for (block, targets) in targets.chunks(block_rows).enumerate() {
         let rows = targets.len();
@@ -92,7 +98,7 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
         linear(dims, &x, lm_head, &mut logits);
         // The gradient of the logits, in the type that the products with it run in.
         let mut dlogits = scratch::take::<X>(if want_grads { rows * vocab } else { 0 });
-        let mut losses = vec![0.0f64; rows];
+        let mut losses = vec![[0.0f64; 2]; rows];
         let (shared, dshared) = (Shared::new(&mut losses), Shared::new(&mut dlogits));
         let logits = &*logits;
         parallel::for_each(rows, |row| {
@@ -101,16 +107,21 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
             let loss = unsafe { &mut shared.slice(row..row + 1)[0] };
             let (max, sum) = max_and_sum(isa, logits);
             let target = targets[row].1;
-            *loss = f64::from(sum).ln() + f64::from(max - logits[target]);
+            let over_max = f64::from(sum).ln();
+            let lse = over_max + f64::from(max);
+            *loss = [over_max + f64::from(max - logits[target]), f64::from(z_loss) * lse * lse];
             if want_grads {
                 // SAFETY: each task owns its row.
                 let dlogits = unsafe { dshared.slice(row * vocab..(row + 1) * vocab) };
-                softmax(isa, logits, max, 1.0 / sum, dlogits);
+                // The derivative of `z lse^2` is `2 z lse` times the softmax.
+                let factor = 1.0 + 2.0 * z_loss * lse as f32;
+                softmax(isa, logits, max, factor / sum, dlogits);
                 let p = (logits[target] - max).exp() / sum;
-                dlogits[target] = X::from_f32(p - 1.0);
+                dlogits[target] = X::from_f32(p * factor - 1.0);
             }
         });
-        total += losses.iter().sum::<f64>();
+        total.loss += losses.iter().map(|[loss, _]| loss).sum::<f64>();
+        total.z_loss += losses.iter().map(|[_, z_loss]| z_loss).sum::<f64>();
         if let Some(dhidden) = &mut dhidden {
             let mut dx = scratch::take::<X>(rows * width);
             linear_backward_input(dims, &dlogits, lm_head, &mut dx, false);
@@ -127,7 +138,7 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
     {
         dlm_head.fill(W::default());
     }
-    LossSum { loss: total, count: targets.len() }
+    total
 }
 
 per_isa! {

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use half::bf16;
 use mistral4::inputs::{Layout, ModelInputs};
-use mistral4::model::Mistral4;
+use mistral4::model::neftune::EmbeddingNoise;
+use mistral4::model::{Mistral4, RouterReplay, Routing};
+use mistral4::ops::TokenLoss;
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
 
@@ -108,9 +110,18 @@ pub struct LabelledInputs {
     pub inputs: ModelInputs,
     /// What each position should predict, or -100, `[T]`.
     pub labels: Vec<i64>,
+    /// Noise on the embeddings.
+    pub noise: Option<EmbeddingNoise>,
+    /// Experts to send the tokens to, in place of the routers' choices.
+    pub router_replay: Option<RouterReplay>,
 }
 
 impl LabelledInputs {
+    /// Inputs and labels as they are.
+    pub fn plain(inputs: ModelInputs, labels: Vec<i64>) -> Self {
+        Self { inputs, labels, noise: None, router_replay: None }
+    }
+
     /// Moves a batch's images to `device` and keeps the rest.
     pub fn new(batch: Batch, device: &Device) -> Self {
         let layout = match batch.layout {
@@ -127,7 +138,20 @@ impl LabelledInputs {
             position_ids: Some(batch.position_ids),
             images,
         };
-        Self { inputs, labels: batch.labels }
+        Self::plain(inputs, batch.labels)
+    }
+
+    /// The input of a model's first layer.
+    fn embed(&self, model: &Mistral4) -> Result<Tensor<2>> {
+        Ok(match &self.noise {
+            Some(noise) => model.embed_with_noise(&self.inputs, noise)?,
+            None => model.embed(&self.inputs)?,
+        })
+    }
+
+    /// The experts that layer `index` is to take, if they are given.
+    fn replay(&self, index: usize) -> Option<&Tensor<2, Int>> {
+        self.router_replay.as_ref().and_then(|replay| replay.layer(index))
     }
 
     fn labels(&self, device: &Device) -> Tensor<1, Int> {
@@ -161,8 +185,12 @@ pub fn images(images: &[impl std::borrow::Borrow<ProcessedImage>], device: &Devi
 pub struct MicroBatchLoss {
     /// Sum of the cross entropy over labelled positions.
     pub loss_sum: f64,
+    /// Sum of the z-loss over labelled positions.
+    pub z_loss: f64,
     /// Sum of the layers' load-balancing losses.
     pub aux_loss: f64,
+    /// Sum of the layers' router z-losses.
+    pub router_z_loss: f64,
     /// Tokens sent to each expert, by layer.
     pub loads: Vec<(usize, Vec<u64>)>,
 }
@@ -170,18 +198,57 @@ pub struct MicroBatchLoss {
 impl MicroBatchLoss {
     /// Adds what another part of the model measured of the same micro-batch.
     pub(crate) fn merge(&mut self, part: Self) {
-        self.loss_sum += part.loss_sum;
-        self.aux_loss += part.aux_loss;
+        let (mine, theirs) = (self.sums(), part.sums());
+        self.set_sums(std::array::from_fn(|i| mine[i] + theirs[i]));
         self.loads.extend(part.loads);
+    }
+
+    /// The losses without the loads, to be summed over ranks.
+    pub(crate) fn sums(&self) -> [f64; 4] {
+        [self.loss_sum, self.z_loss, self.aux_loss, self.router_z_loss]
+    }
+
+    /// Puts back what [`MicroBatchLoss::sums`] gave.
+    pub(crate) fn set_sums(&mut self, sums: [f64; 4]) {
+        [self.loss_sum, self.z_loss, self.aux_loss, self.router_z_loss] = sums;
+    }
+
+    /// Notes the loss of the labelled positions.
+    fn add_tokens(&mut self, loss: &TokenLoss) {
+        let value = |loss: &Tensor<1>| f64::from(loss.clone().inner().into_scalar::<f32>());
+        let z_loss = value(&loss.z_loss);
+        self.loss_sum += value(&loss.total) - z_loss;
+        self.z_loss += z_loss;
+    }
+
+    /// Notes where a layer's tokens went; returns the losses of its router, to be differentiated.
+    fn add_routing(&mut self, layer: usize, routing: Routing) -> Option<Tensor<1>> {
+        self.loads.push((layer, routing.load));
+        let value = |loss: &Option<Tensor<1>>| {
+            loss.as_ref().map_or(0.0, |loss| f64::from(loss.clone().inner().into_scalar::<f32>()))
+        };
+        self.aux_loss += value(&routing.aux_loss);
+        self.router_z_loss += value(&routing.z_loss);
+        router_losses(routing.aux_loss, routing.z_loss)
+    }
+}
+
+/// The sum of a router's losses.
+fn router_losses(aux_loss: Option<Tensor<1>>, z_loss: Option<Tensor<1>>) -> Option<Tensor<1>> {
+    match (aux_loss, z_loss) {
+        (Some(aux_loss), Some(z_loss)) => Some(aux_loss + z_loss),
+        (aux_loss, z_loss) => aux_loss.or(z_loss),
     }
 }
 
 /// Factors on the parts of the loss.
 #[derive(Debug, Clone, Copy)]
 pub struct LossScale {
-    /// On the summed cross entropy: one over the label tokens of the global batch.
+    /// On the summed loss of the labelled positions: one over those of the global batch.
     pub per_token: f64,
-    /// On the load-balancing losses: one over the micro-batches of the step.
+    /// On their squared log-sum-exps beside their cross entropy.
+    pub z_loss: f64,
+    /// On the routers' losses: one over the micro-batches of the step.
     pub aux: f64,
 }
 

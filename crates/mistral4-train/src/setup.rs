@@ -74,6 +74,7 @@ impl Setup {
         let moe = MoeOptions {
             gate_bias_update_factor: recipe.model.gate_bias_update_factor,
             aux_loss_coeff: recipe.model.aux_loss_coeff,
+            router_z_loss_coeff: recipe.model.router_z_loss_coeff,
             train_gate: true,
             fake_balanced_gate: recipe.model.fake_balanced_gate,
         };

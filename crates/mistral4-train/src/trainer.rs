@@ -28,8 +28,8 @@ use crate::schedule::{LrSchedule, StepScheduler, StepState};
 use crate::setup::Setup;
 use measure::{HeldModel, count, data_metrics, subtitle, validate};
 use ranks::StepCounts;
-use record::{Recorder, Utilization, load_metrics, note_failure};
-use step::update_on_the_way;
+use record::{Recorder, Utilization, load_metrics, loss_metrics, note_failure};
+use step::{Extras, update_on_the_way};
 
 /// What happens during a run, as it happens.
 #[derive(Debug)]
@@ -122,6 +122,7 @@ struct Training {
     /// Trained parameters with the number of their values on this rank.
     trained: Vec<(String, usize)>,
     activations: Activations,
+    extras: Extras,
     /// Whether a step's gradients are summed over shards after its last micro-batch only.
     defers_sums: bool,
     /// Names of the ranks, for the metrics.
@@ -202,12 +203,18 @@ fn train(
         t.setup.dropout.begin(recipe.rng.seed, at.step);
         let (measured, norm_on_the_way) = if recipe.optimizer_in_bwd {
             let batch = next.batches.remove(0);
-            let (model, measured, norm) =
-                update_on_the_way(t.setup.model, batch, &mut t.optimizer, factors, device)?;
+            let (model, measured, norm) = update_on_the_way(
+                t.setup.model,
+                (at.step, batch),
+                t.extras,
+                &mut t.optimizer,
+                factors,
+                device,
+            )?;
             t.setup.model = model;
             (measured, Some(norm))
         } else {
-            (t.accumulate(next.batches, counts, &mut gradients, device)?, None)
+            (t.accumulate((at.step, next.batches), counts, &mut gradients, device)?, None)
         };
         t.setup.dropout.end();
         let mut gradients = gradients.parts;
@@ -223,6 +230,7 @@ fn train(
         }
         factors.grad_scale = clip_coefficient(grad_norm, recipe.max_grad_norm);
         let mut more = load_metrics(&measured.losses);
+        more.extend(loss_metrics(&measured.losses, counts.label_tokens));
         more.extend(measured.time_metrics(&t.rank_names));
         more.extend(data_metrics(data_wait, t.loader.skipped()));
         if let Verdict::Skip(reason, _) = verdict {

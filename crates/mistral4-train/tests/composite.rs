@@ -21,8 +21,8 @@ fn composite_operations_train_like_the_fused_ones() {
     let model = Mistral4::new(&config, MoeOptions::default(), &source, &Device::flex()).unwrap();
     let ids: Vec<u32> = (0..40).map(|i| 20 + i * 31 % 900).collect();
     let labels = ids.iter().skip(1).map(|&id| i64::from(id)).chain([-100]).collect();
-    let batch = LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 13, 40]), labels };
-    let scale = LossScale { per_token: 1.0 / 39.0, aux: 1.0 };
+    let batch = LabelledInputs::plain(ModelInputs::packed(ids, vec![0, 13, 40]), labels);
+    let scale = LossScale { per_token: 1.0 / 39.0, z_loss: 0.0, aux: 1.0 };
     let run = || {
         let mut gradients = Gradients::default();
         let measured = forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients).unwrap();

@@ -118,7 +118,7 @@ fn keys(file: &Path) -> Vec<String> {
 fn batch() -> LabelledInputs {
     let ids: Vec<u32> = (0..30).map(|i| i * 7 % 40).collect();
     let labels = (0..30).map(|i| if i % 5 == 4 { -100 } else { (i * 11 + 3) % 40 }).collect();
-    LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 12, 30]), labels }
+    LabelledInputs::plain(ModelInputs::packed(ids, vec![0, 12, 30]), labels)
 }
 
 fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
@@ -127,7 +127,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 fn gradients(model: &Mistral4, activations: Activations) -> (f64, BTreeMap<String, Vec<f32>>) {
     let mut gradients = Gradients::default();
-    let scale = LossScale { per_token: 1.0 / 24.0, aux: 0.0 };
+    let scale = LossScale { per_token: 1.0 / 24.0, z_loss: 0.0, aux: 0.0 };
     let measured = forward_backward(model, &batch(), scale, activations, &mut gradients).unwrap();
     let all = gradients.iter().map(|(key, gradient)| (key.to_owned(), values(gradient.clone()))).collect();
     (measured.loss_sum, all)

@@ -156,13 +156,13 @@ fn model_and_batch(dtype: weights::DType) -> (Mistral4, LabelledInputs) {
     let model = Mistral4::new(&config, MoeOptions::default(), &source, &Device::flex()).unwrap();
     let ids: Vec<u32> = (0..48).map(|i| 20 + i * 7 % 30).collect();
     let labels = ids.iter().skip(1).map(|&id| i64::from(id)).chain([-100]).collect();
-    (model, LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 48]), labels })
+    (model, LabelledInputs::plain(ModelInputs::packed(ids, vec![0, 48]), labels))
 }
 
 fn losses(config: OptimizerConfig, dtype: weights::DType, steps: usize) -> Vec<f64> {
     let (mut model, batch) = model_and_batch(dtype);
     let mut optimizer = Optimizer::new(config);
-    let scale = LossScale { per_token: 1.0 / 47.0, aux: 1.0 };
+    let scale = LossScale { per_token: 1.0 / 47.0, z_loss: 0.0, aux: 1.0 };
     let mut losses = Vec::new();
     for _ in 0..steps {
         let mut gradients = Gradients::default();
@@ -194,7 +194,7 @@ fn small_states_train_alike() {
 fn a_step_moves_no_memory() {
     let (model, batch) = model_and_batch(weights::DType::F32);
     let mut gradients = Gradients::default();
-    let scale = LossScale { per_token: 1.0 / 47.0, aux: 1.0 };
+    let scale = LossScale { per_token: 1.0 / 47.0, z_loss: 0.0, aux: 1.0 };
     forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients).unwrap();
     let places = |model: Mistral4| {
         let mut places = BTreeMap::new();

@@ -113,7 +113,7 @@ fn step_batch(steps: &BTreeMap<String, (Vec<usize>, Vec<u8>)>, step: usize) -> L
     }
     let labels = integers("labels");
     let next = |i: usize| if i % length == length - 1 { -100 } else { labels[i + 1] };
-    LabelledInputs { inputs, labels: (0..labels.len()).map(next).collect() }
+    LabelledInputs::plain(inputs, (0..labels.len()).map(next).collect())
 }
 
 /// Takes the steps of a fixture, with its adapter if it has one, and compares every step's loss and gradient norm.
@@ -150,7 +150,7 @@ fn follow_batches(case: &str, activations: Activations) {
         let batch = step_batch(&steps, step);
         let tokens = batch.labels.iter().filter(|&&label| label >= 0).count() as f64;
         let mut gradients = Gradients::default();
-        let scale = LossScale { per_token: 1.0 / tokens, aux: 0.0 };
+        let scale = LossScale { per_token: 1.0 / tokens, z_loss: 0.0, aux: 0.0 };
         let measured = forward_backward(&model, &batch, scale, activations, &mut gradients).unwrap();
         let (loss, norm) = (measured.loss_sum / tokens, gradients.norm());
         for (name, is, tolerance) in [("loss", loss, 1e-3), ("grad_norm", norm, 1e-2)] {
@@ -207,12 +207,12 @@ fn batch() -> LabelledInputs {
     // Token 11 is padding to the model, yet stands among the tokens here.
     let ids: Vec<u32> = (0..30).map(|i| if i == 7 { 11 } else { i * 7 % 40 }).collect();
     let labels = (0..30).map(|i| if i % 5 == 4 { -100 } else { (i * 11 + 3) % 40 }).collect();
-    LabelledInputs { inputs: ModelInputs::packed(ids, vec![0, 12, 30]), labels }
+    LabelledInputs::plain(ModelInputs::packed(ids, vec![0, 12, 30]), labels)
 }
 
 fn gradients(model: &Mistral4, activations: Activations) -> (f64, BTreeMap<String, Vec<f32>>) {
     let mut gradients = Gradients::default();
-    let scale = LossScale { per_token: 1.0 / 24.0, aux: 1.0 };
+    let scale = LossScale { per_token: 1.0 / 24.0, z_loss: 0.0, aux: 1.0 };
     let measured = forward_backward(model, &batch(), scale, activations, &mut gradients).unwrap();
     let values = |t: &Tensor<1>| t.clone().into_data().try_into_vec::<f32>().unwrap();
     let all = gradients.iter().map(|(key, gradient)| (key.to_owned(), values(gradient))).collect();
@@ -247,7 +247,7 @@ fn the_load_balancing_loss_reaches_the_router_and_is_one_when_even() {
         false => values,
     });
     let mut sink = Gradients::default();
-    let scale = LossScale { per_token: 1.0, aux: 1.0 };
+    let scale = LossScale { per_token: 1.0, z_loss: 0.0, aux: 1.0 };
     let measured = forward_backward(&flat, &batch(), scale, Activations::Kept, &mut sink).unwrap();
     assert!((measured.aux_loss - 2.0).abs() < 1e-5, "two mixture layers: {}", measured.aux_loss);
 }

@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     for pass in ["first", "second"] {
         let started = Instant::now();
-        let (y, routing) = layer.forward(x.clone(), &context, None);
+        let (y, routing) = layer.forward(x.clone(), &context, None, None);
         let values: Vec<f32> = y.into_data_as::<f32>().try_into_vec()?;
         let norm = values.iter().map(|v| f64::from(v * v)).sum::<f64>().sqrt();
         let used = routing.map_or(0, |r| r.load.iter().filter(|&&l| l > 0).count());

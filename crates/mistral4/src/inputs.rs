@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 
 use crate::error::{Error, Result};
+use crate::model::replay::RouterReplay;
 use crate::ops::Segment;
 
 /// How the tokens lie.
@@ -263,6 +264,8 @@ pub struct ForwardOptions {
     pub output_hidden_states: bool,
     /// Return each layer's routing.
     pub output_routing: bool,
+    /// Send the tokens to these experts, in place of the routers' choices.
+    pub router_replay: Option<RouterReplay>,
 }
 
 /// For which positions logits are computed.

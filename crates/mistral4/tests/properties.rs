@@ -336,7 +336,7 @@ fn a_long_prompt_read_in_pieces_is_as_if_read_at_once() {
     let got = model.prefill(&prompt, &mut pieces, &last).unwrap();
     assert_eq!(pieces.len(), length);
     assert_same("prompt", &rows(got.logits.unwrap()), &rows(want.logits.unwrap()));
-    let mut next = |cache| {
+    let next = |cache| {
         rows(model.forward(&ModelInputs::rows(vec![7], 1), Some(cache), &last).unwrap().logits.unwrap())
     };
     assert_same("next token", &next(&mut pieces), &next(&mut whole));

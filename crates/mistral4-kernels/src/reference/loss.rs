@@ -6,10 +6,11 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
     input: &LinearCrossEntropy<'_, X, W, I>,
     grads: LinearCrossEntropyGrads<'_, X, W>,
 ) -> LossSum {
-    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width } = *input;
+    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss } = *input;
+    let z = f64::from(z_loss);
     let mut dhidden = vec![0.0f64; hidden.len()];
     let mut dlm_head = vec![0.0f64; lm_head.len()];
-    let mut total = LossSum { loss: 0.0, count: 0 };
+    let mut total = LossSum { loss: 0.0, z_loss: 0.0, count: 0 };
     for (t, label) in labels.iter().enumerate().filter(|(_, label)| label.to_i64() != IGNORE_INDEX) {
         let label = usize::try_from(label.to_i64()).expect("a label in the vocabulary");
         let h: Vec<f64> = hidden[t * width..(t + 1) * width].iter().map(|x| f64::from(x.to_f32())).collect();
@@ -18,9 +19,10 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
         total.loss += lse - logits[label];
+        total.z_loss += z * lse * lse;
         total.count += 1;
         for (v, logit) in logits.iter().enumerate() {
-            let g = (logit - lse).exp() - if v == label { 1.0 } else { 0.0 };
+            let g = (logit - lse).exp() * (1.0 + 2.0 * z * lse) - if v == label { 1.0 } else { 0.0 };
             for (d, h) in h.iter().enumerate() {
                 dhidden[t * width + d] += g * w(v, d);
                 dlm_head[v * width + d] += g * h;

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::Module;
-use burn::tensor::{Gradients as BurnGradients, Tensor};
+use burn::tensor::{Gradients as BurnGradients, Int, Tensor};
 use mistral4::model::Mistral4;
 use mistral4::model::decoder_layer::LayerContext;
 use mistral4::weights::take_gradients;
 
-use super::{Activations, LabelledInputs, LossScale, MicroBatchLoss, ParameterStore, Unit};
+use super::{Activations, LabelledInputs, LossScale, MicroBatchLoss, ParameterStore, Unit, router_losses};
 use crate::error::Result;
 
 /// Some layers, with the front if the model's first is among them and the head if the last is.
@@ -65,9 +65,17 @@ pub struct StageForward {
 enum Saved {
     /// The graph.
     Kept(Box<Kept>),
-    /// Inputs of the layers that are still to come, first layer first; the output, then the gradient of the output of the
-    /// layer that is next.
-    Recomputed { inputs: Vec<Tensor<2>>, x: Box<Tensor<2>> },
+    /// What is left of the layers that are still to come, first layer first; the output, then the gradient of the output
+    /// of the layer that is next.
+    Recomputed { layers: Vec<SavedLayer>, x: Box<Tensor<2>> },
+}
+
+/// What a layer is run again from.
+struct SavedLayer {
+    input: Tensor<2>,
+    /// Where its tokens went, which is where they go again: whatever differs in the second pass, its gradients are those of
+    /// the experts that the loss was computed with.
+    experts: Option<Tensor<2, Int>>,
 }
 
 struct Kept {
@@ -75,8 +83,8 @@ struct Kept {
     /// The stage's input, unless it is made from token ids.
     input: Option<Tensor<2>>,
     output: Tensor<2>,
-    /// Sum of the layers' own losses.
-    aux_loss: Option<Tensor<1>>,
+    /// Sum of the losses of the layers' routers.
+    router_losses: Option<Tensor<1>>,
 }
 
 impl<'a> Stage<'a> {
@@ -111,13 +119,17 @@ impl<'a> Stage<'a> {
     ) -> Result<Tensor<2>> {
         match input {
             Some(input) => Ok(input),
-            None => Ok(store.front(self.run.after(None, with_head)).embed(&batch.inputs)?),
+            None => batch.embed(&store.front(self.run.after(None, with_head))),
         }
     }
 
     /// Positions and masks, of inputs that were checked when they were embedded.
     fn context(&self, batch: &LabelledInputs) -> Result<LayerContext> {
-        Ok(self.model.text().model.context(&batch.inputs, None)?)
+        let model = &self.model.text().model;
+        if let Some(replay) = &batch.router_replay {
+            replay.check(model, self.run.layers.clone(), batch.labels.len())?;
+        }
+        Ok(model.context(&batch.inputs, None)?)
     }
 
     /// The hidden states after the last layer; if that is the model's, [`Stage::loss_sum`] follows.
@@ -136,7 +148,8 @@ impl<'a> Stage<'a> {
         let mut x = self.begin(store, batch, input, true)?;
         let context = self.context(batch)?;
         for index in self.run.layers.clone() {
-            x = store.layer(index, self.run.after(Some(index), true)).forward(x, &context, None).0;
+            let layer = store.layer(index, self.run.after(Some(index), true));
+            x = layer.forward(x, &context, None, batch.replay(index)).0;
         }
         Ok(x)
     }
@@ -145,8 +158,8 @@ impl<'a> Stage<'a> {
     pub fn loss_sum(&self, store: &mut dyn ParameterStore, batch: &LabelledInputs, output: Tensor<2>) -> f64 {
         let (norm, lm_head) = store.head(None);
         let labels = batch.labels(&output.device());
-        let loss = lm_head.cross_entropy(norm.forward(output), labels);
-        f64::from(loss.into_scalar::<f32>())
+        let loss = lm_head.cross_entropy(norm.forward(output), labels, 0.0);
+        f64::from(loss.total.into_scalar::<f32>())
     }
 
     /// Runs the layers.
@@ -170,19 +183,17 @@ impl<'a> Stage<'a> {
                 let with_head = self.run.is_first && self.run.is_last;
                 let mut x = self.begin(store, batch, input, with_head)?;
                 let context = self.context(batch)?;
-                let mut inputs = Vec::with_capacity(self.run.layers.len());
+                let mut layers = Vec::with_capacity(self.run.layers.len());
                 for index in self.run.layers.clone() {
-                    inputs.push(x.clone());
                     let layer = store.layer(index, self.run.after(Some(index), with_head));
-                    let (y, routing) = layer.forward(x, &context, None);
-                    x = y;
+                    let (y, routing) = layer.forward(x.clone(), &context, None, batch.replay(index));
+                    let experts = routing.as_ref().map(|routing| routing.indices.clone());
+                    layers.push(SavedLayer { input: std::mem::replace(&mut x, y), experts });
                     if let Some(routing) = routing {
-                        measured.loads.push((index, routing.load));
-                        let aux = routing.aux_loss.map_or(0.0, |aux| f64::from(aux.into_scalar::<f32>()));
-                        measured.aux_loss += aux;
+                        measured.add_routing(index, routing);
                     }
                 }
-                (Saved::Recomputed { inputs, x: Box::new(x) }, context)
+                (Saved::Recomputed { layers, x: Box::new(x) }, context)
             }
         };
         Ok(StageForward { run: self.run, prefix: self.model.text_prefix(), context, saved, measured })
@@ -199,22 +210,19 @@ impl<'a> Stage<'a> {
         let input = input.map(|input| input.autodiff().require_grad());
         let mut x = match &input {
             Some(input) => input.clone(),
-            None => trained.embed(&batch.inputs)?,
+            None => batch.embed(&trained)?,
         };
         let context = self.context(batch)?;
-        let mut aux_loss = None;
+        let mut router_losses = None;
         for index in self.run.layers.clone() {
-            let (y, routing) = trained.text().model.layers[index].forward(x, &context, None);
+            let layer = &trained.text().model.layers[index];
+            let (y, routing) = layer.forward(x, &context, None, batch.replay(index));
             x = y;
-            if let Some(routing) = routing {
-                measured.loads.push((index, routing.load));
-                if let Some(aux) = routing.aux_loss {
-                    measured.aux_loss += f64::from(aux.clone().inner().into_scalar::<f32>());
-                    aux_loss = add(aux_loss, aux);
-                }
+            if let Some(loss) = routing.and_then(|routing| measured.add_routing(index, routing)) {
+                router_losses = add(router_losses, loss);
             }
         }
-        Ok((Saved::Kept(Box::new(Kept { trained, input, output: x, aux_loss })), context))
+        Ok((Saved::Kept(Box::new(Kept { trained, input, output: x, router_losses })), context))
     }
 }
 
@@ -269,19 +277,20 @@ impl StageForward {
         scale: LossScale,
     ) -> (MicroBatchLoss, Option<Tensor<2>>) {
         let Saved::Kept(kept) = self.saved else { unreachable!("the caller saw a graph") };
-        let Kept { trained, input, output, aux_loss } = *kept;
+        let Kept { trained, input, output, router_losses } = *kept;
         let total = match dy {
             Some(dy) => seeded(output, dy),
             None => {
                 let text = trained.text();
                 let labels = batch.labels(&output.device().without_autodiff());
                 let h = text.model.norm.forward(output);
-                let loss = text.lm_head.cross_entropy(h, labels);
-                self.measured.loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
-                loss * scale.per_token
+                let loss = text.lm_head.cross_entropy(h, labels, scale.z_loss);
+                self.measured.add_tokens(&loss);
+                loss.total * scale.per_token
             }
         };
-        let total = add(aux_loss.map(|aux| aux * scale.aux), total).expect("a part was just added");
+        let router_losses = router_losses.map(|loss| loss * scale.aux);
+        let total = add(router_losses, total).expect("a part was just added");
         let dx = total.is_tracked().then(|| {
             let mut from = total.backward();
             give_all(&trained, &mut from, store);
@@ -291,9 +300,9 @@ impl StageForward {
     }
 
     /// Where the way back is; activations are recomputed on it.
-    fn way_back(&mut self) -> (&mut Vec<Tensor<2>>, &mut Tensor<2>) {
+    fn way_back(&mut self) -> (&mut Vec<SavedLayer>, &mut Tensor<2>) {
         match &mut self.saved {
-            Saved::Recomputed { inputs, x } => (inputs, x.as_mut()),
+            Saved::Recomputed { layers, x } => (layers, x.as_mut()),
             Saved::Kept(_) => unreachable!("a graph is run back as a whole"),
         }
     }
@@ -306,27 +315,27 @@ impl StageForward {
         let (_, x) = self.way_back();
         let labels = batch.labels(&x.device());
         let leaf = x.clone().autodiff().require_grad();
-        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels);
-        let loss_sum = f64::from(loss.clone().inner().into_scalar::<f32>());
-        let mut from = (loss * scale.per_token).backward();
+        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels, scale.z_loss);
+        let mut from = (loss.total.clone() * scale.per_token).backward();
         let mut gradients = collect(&norm, &format!("{prefix}model.norm."), &mut from);
         gradients.extend(collect(&lm_head, &format!("{prefix}lm_head."), &mut from));
         *x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
-        self.measured.loss_sum = loss_sum;
+        self.measured.add_tokens(&loss);
         store.add(Unit::Head, gradients);
     }
 
     /// The gradients of the last layer that is left; false when there is none.
     pub(super) fn layer(&mut self, store: &mut dyn ParameterStore, scale: LossScale) -> bool {
-        let (inputs, x) = self.way_back();
-        let Some(input) = inputs.pop() else { return false };
-        let (left, dy) = (inputs.len(), x.clone());
+        let (layers, x) = self.way_back();
+        let Some(SavedLayer { input, experts }) = layers.pop() else { return false };
+        let (left, dy) = (layers.len(), x.clone());
         let index = self.run.layers.start + left;
         let layer = store.layer(index, self.run.before(index, store)).train();
         let leaf = input.autodiff().require_grad();
-        let (y, routing) = layer.forward(leaf.clone(), &self.context, None);
-        let aux_loss = routing.and_then(|routing| routing.aux_loss).map(|aux| aux * scale.aux);
-        let total = add(aux_loss, seeded(y, dy)).expect("a part was just added");
+        let (y, routing) = layer.forward(leaf.clone(), &self.context, None, experts.as_ref());
+        let losses = routing.and_then(|routing| router_losses(routing.aux_loss, routing.z_loss));
+        let losses = losses.map(|loss| loss * scale.aux);
+        let total = add(losses, seeded(y, dy)).expect("a part was just added");
         let mut from = total.backward();
         let prefix = format!("{}model.layers.{index}.", self.prefix);
         store.add(Unit::Layer(index), collect(&layer, &prefix, &mut from));

@@ -89,6 +89,10 @@ pub struct Recipe {
     pub distributed: DistributedConfig,
     /// Parts that keep their weights.
     pub freeze_config: FreezeConfig,
+    /// Coefficient of the mean squared log-sum-exp of the labelled tokens' logits.
+    pub z_loss: f64,
+    /// Size of the noise on the embeddings of training steps; `None`: none.
+    pub neftune_alpha: Option<f64>,
     /// Largest L2 norm of the gradient; `None`: no clipping.
     pub max_grad_norm: Option<f64>,
     /// Training data.
@@ -312,7 +316,8 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     let freeze_config = FreezeConfig::read(&mut root)?;
     let peft = PeftConfig::read(&mut root)?;
     let quantization = quantization::read(&mut root)?;
-    training::read_loss(&mut root)?;
+    let z_loss = training::read_loss(&mut root)?;
+    let neftune_alpha = training::read_neftune(&mut root)?;
     let optimizer = OptimizerConfig::read(&mut root)?;
     let optimizer_in_bwd = root
         .bool(
@@ -353,6 +358,8 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
         checkpoint,
         distributed,
         freeze_config,
+        z_loss,
+        neftune_alpha,
         max_grad_norm,
         dataset,
         dataloader,
@@ -403,7 +410,6 @@ fn read_others(root: &mut Section<'_>) -> Result<()> {
     root.no_effect("benchmark", "`mistral4 bench` measures; a recipe trains");
     root.no_effect("processor", "the checkpoint's own image processor is used");
     root.unsupported("qat", "quantisation-aware training is not supported");
-    root.unsupported("neftune", "noise on embeddings is not supported yet");
     root.unsupported("tool_call_eval", "tool calls are not evaluated");
     root.unsupported("embedding_row_repair", "the checkpoint's embeddings are trained as they are");
     let mut fp8 = root.section("fp8")?;

@@ -48,6 +48,8 @@ pub struct ModelConfig {
     pub gate_bias_update_factor: f64,
     /// Weight of the auxiliary load-balance loss.
     pub aux_loss_coeff: f64,
+    /// Weight of the mean squared log-sum-exp of the routers' logits.
+    pub router_z_loss_coeff: f64,
     /// Whether routing is replaced by a balanced one, for benchmarks.
     pub fake_balanced_gate: bool,
 }
@@ -116,6 +118,10 @@ impl ModelConfig {
         let bias_factor =
             s.non_negative("gate_bias_update_factor", "step of the aux-loss-free balancing of experts")?;
         let aux_loss_coeff = s.non_negative("aux_loss_coeff", "weight of the load-balance loss")?;
+        let router_z_loss_coeff = s.non_negative(
+            "router_z_loss_coeff",
+            "weight of the mean squared log-sum-exp of each router's logits",
+        )?;
         let fake = s.bool("fake_balanced_gate", "routes tokens evenly, ignoring the router (benchmarks)")?;
         let backend_fake = read_backend(&mut s)?;
         s.none_of_effect(
@@ -136,6 +142,7 @@ impl ModelConfig {
             softmax_scale,
             gate_bias_update_factor: bias_factor.unwrap_or(if scratch { 1e-3 } else { 0.0 }),
             aux_loss_coeff: aux_loss_coeff.unwrap_or(0.0),
+            router_z_loss_coeff: router_z_loss_coeff.unwrap_or(0.0),
             fake_balanced_gate: fake.or(backend_fake).unwrap_or(false),
         })
     }

@@ -1,4 +1,4 @@
-//! `step_scheduler`, `rng`, `loss_fn`, `clip_grad_norm`, `lr_scheduler`.
+//! `step_scheduler`, `rng`, `loss_fn`, `neftune`, `clip_grad_norm`, `lr_scheduler`.
 
 use super::reader::Section;
 use crate::error::Result;
@@ -129,8 +129,8 @@ impl RngConfig {
     }
 }
 
-/// `loss_fn`: masked next-token cross entropy, always computed in f32.
-pub(crate) fn read_loss(root: &mut Section<'_>) -> Result<()> {
+/// `loss_fn`: masked next-token cross entropy, always computed in f32; returns the coefficient of the z-loss.
+pub(crate) fn read_loss(root: &mut Section<'_>) -> Result<f64> {
     const NAMES: [(&str, bool); 8] = [
         ("nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", true),
         ("MaskedCrossEntropy", true),
@@ -143,13 +143,34 @@ pub(crate) fn read_loss(root: &mut Section<'_>) -> Result<()> {
     ];
     let mut s = root.section("loss_fn")?;
     s.name("_target_", "token-mean cross entropy over the global batch, labels of -100 left out", &NAMES)?;
+    let z_loss = s.non_negative(
+        "z_loss",
+        "coefficient of the mean squared log-sum-exp of the labelled tokens' logits",
+    )?;
     s.no_effect("fp32_upcast", "the loss is always computed in f32");
     s.none_of_effect(&["chunk_len", "compile"], "the logits are always made in chunks");
     s.unsupported_unless("ignore_index", "labels of -100 are left out", |node| node.to_string() == "-100");
     s.unsupported_unless("reduction", "the loss is the token mean of the global batch", |node| {
         ["sum", "mean"].contains(&node.to_string().as_str())
     });
-    s.finish()
+    s.finish()?;
+    Ok(z_loss.unwrap_or(0.0))
+}
+
+/// Reads `neftune`, a number or NeMo AutoModel's section: the size of the noise on embeddings; `None`: none.
+pub(crate) fn read_neftune(root: &mut Section<'_>) -> Result<Option<f64>> {
+    let what =
+        "noise on the embeddings of training steps, uniform up to this over sqrt(length * hidden_size)";
+    let alpha = match root.is_section("neftune") {
+        true => {
+            let mut s = root.section("neftune")?;
+            let alpha = s.non_negative("noise_alpha", what)?;
+            s.finish()?;
+            Some(alpha.unwrap_or(5.0))
+        }
+        false => root.non_negative("neftune", what)?,
+    };
+    Ok(alpha.filter(|&alpha| alpha > 0.0))
 }
 
 /// Reads `clip_grad_norm.max_norm`; `None` when gradients are not clipped.

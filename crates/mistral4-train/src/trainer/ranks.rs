@@ -56,11 +56,13 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// Adds a micro-batch, whose load-balancing loss counts with the factor `aux`.
+    /// Adds a micro-batch, whose routers' losses count with the factor `aux`.
     pub(super) fn add(&mut self, rows: Vec<usize>, label_tokens: usize, part: MicroBatchLoss, aux: f64) {
-        self.batches.push(BatchLoss { rows, loss_sum: part.loss_sum + part.aux_loss, label_tokens });
+        self.batches.push(BatchLoss { rows, loss_sum: part.sums().iter().sum(), label_tokens });
         self.losses.loss_sum += part.loss_sum;
+        self.losses.z_loss += part.z_loss;
         self.losses.aux_loss += part.aux_loss * aux;
+        self.losses.router_z_loss += part.router_z_loss * aux;
         if self.losses.loads.is_empty() {
             self.losses.loads = part.loads;
             return;
@@ -82,9 +84,9 @@ impl Measured {
         self.busy = all.iter().map(|&[busy, ..]| busy).collect();
         self.mem = all.iter().map(|&[_, mem, _]| mem).fold(0.0, f64::max);
         self.stop = all.iter().any(|&[.., stop]| stop > 0.0);
-        let mut losses = [self.losses.loss_sum, self.losses.aux_loss];
-        mesh.data.all_reduce_sum(&mut losses);
-        [self.losses.loss_sum, self.losses.aux_loss] = losses;
+        let mut sums = self.losses.sums();
+        mesh.data.all_reduce_sum(&mut sums);
+        self.losses.set_sums(sums);
         self.batches = gather_batches(&self.batches, &mesh.data);
         // A rank without a micro-batch knows no loads; the others say how many there are.
         let known = mesh.data.all_gather(&[self.losses.loads.len() as u64]);
@@ -171,7 +173,8 @@ mod tests {
             // The first rank has nothing to do.
             for i in 0..rank {
                 let loads = vec![(1, vec![rank as u64, 1]), (2, vec![0, i as u64])];
-                let part = MicroBatchLoss { loss_sum: 0.5, aux_loss: 1.0, loads };
+                let losses = MicroBatchLoss { loss_sum: 0.5, aux_loss: 1.0, ..Default::default() };
+                let part = MicroBatchLoss { z_loss: 0.25, router_z_loss: 2.0, loads, ..losses };
                 mine.add(vec![rank, i], rank, part, 0.25);
                 if rank == 2 {
                     mine.batches[i].loss_sum = f64::NAN;
@@ -189,7 +192,7 @@ mod tests {
         });
         for all in all {
             assert!(all.stop);
-            assert_eq!((all.losses.loss_sum, all.losses.aux_loss), (1.5, 0.75));
+            assert_eq!(all.losses.sums(), [1.5, 0.75, 0.75, 1.5]);
             assert_eq!(all.losses.loads, [(1, vec![5, 3]), (2, vec![0, 1])]);
             let rows: Vec<_> = all.batches.iter().map(|batch| batch.rows.clone()).collect();
             assert_eq!(rows, [[1, 0], [2, 0], [2, 1]]);

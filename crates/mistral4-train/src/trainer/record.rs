@@ -126,10 +126,18 @@ pub(super) fn load_metrics(measured: &MicroBatchLoss) -> Map<String, Value> {
     more.insert("expert_load_entropy".into(), mean_entropy.into());
     more.insert("expert_load_max_over_mean".into(), layers.iter().map(fullest).fold(0.0, f64::max).into());
     more.insert("dropped".into(), 0.into());
-    if measured.aux_loss > 0.0 {
-        more.insert("aux_loss".into(), measured.aux_loss.into());
-    }
     more
+}
+
+/// The parts of the loss that join the cross entropy, those that there are: the routers' summed over layers, coefficients
+/// included.
+pub(super) fn loss_metrics(measured: &MicroBatchLoss, label_tokens: usize) -> Map<String, Value> {
+    let parts = [
+        ("z_loss", measured.z_loss / label_tokens.max(1) as f64),
+        ("aux_loss", measured.aux_loss),
+        ("router_z_loss", measured.router_z_loss),
+    ];
+    parts.into_iter().filter(|(_, loss)| *loss > 0.0).map(|(key, loss)| (key.into(), loss.into())).collect()
 }
 
 /// Floating-point operations that a step needs, and the most that the device does a second.

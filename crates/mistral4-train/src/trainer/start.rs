@@ -9,6 +9,7 @@ use mistral4::weights::NamedTensor;
 use super::measure::count;
 use super::ranks::rank_names;
 use super::record::{Recorder, Utilization};
+use super::step::Extras;
 use super::{Event, HeldOut, Host, Training};
 use crate::backward::Activations;
 use crate::checkpoint::{Checkpoints, Ranks, Saved, Saver};
@@ -123,6 +124,7 @@ impl Training {
                 true => Activations::Recomputed,
                 false => Activations::Kept,
             },
+            extras: Extras::new(recipe),
             defers_sums: recipe.distributed.defer_fsdp_grad_sync,
             rank_names: rank_names(&mesh.world),
             mesh,

@@ -2,6 +2,7 @@
 
 use burn::tensor::Device;
 use mistral4::Mistral4;
+use mistral4::model::neftune::EmbeddingNoise;
 
 use super::Training;
 use super::ranks::{Measured, StepCounts};
@@ -13,10 +14,38 @@ use crate::data::Batch;
 use crate::error::Result;
 use crate::optim::{Optimizer, StepFactors};
 use crate::parallel::{ShardedGradients, ShardedStore};
+use crate::recipe::Recipe;
 
-/// Factors on the losses of a step of so many label tokens and micro-batches.
-fn loss_scale(label_tokens: usize, micro_batches: usize) -> LossScale {
-    LossScale { per_token: 1.0 / label_tokens.max(1) as f64, aux: 1.0 / micro_batches.max(1) as f64 }
+/// What a step adds to the plain loss of its batches.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Extras {
+    /// Coefficient of the z-loss.
+    pub(super) z_loss: f64,
+    /// Size and seed of the noise on embeddings.
+    pub(super) neftune: Option<(f64, u64)>,
+}
+
+impl Extras {
+    pub(super) fn new(recipe: &Recipe) -> Self {
+        Self { z_loss: recipe.z_loss, neftune: recipe.neftune_alpha.map(|alpha| (alpha, recipe.rng.seed)) }
+    }
+
+    /// Factors on the losses of a step of so many label tokens and micro-batches.
+    fn scale(self, label_tokens: usize, micro_batches: usize) -> LossScale {
+        LossScale {
+            per_token: 1.0 / label_tokens.max(1) as f64,
+            z_loss: self.z_loss,
+            aux: 1.0 / micro_batches.max(1) as f64,
+        }
+    }
+
+    /// A batch of the step `step` as the model takes it, with the rows it is made of. Fillers get no noise.
+    fn inputs(self, mut batch: Batch, step: usize, device: &Device) -> (LabelledInputs, Vec<usize>) {
+        let rows = std::mem::take(&mut batch.rows);
+        let neftune = self.neftune.filter(|_| !batch.is_filler());
+        let noise = neftune.map(|(alpha, seed)| EmbeddingNoise::new(alpha, seed, step, &rows));
+        (LabelledInputs { noise, ..LabelledInputs::new(batch, device) }, rows)
+    }
 }
 
 impl Training {
@@ -24,23 +53,25 @@ impl Training {
     /// ranks that share parameters or experts pass over the model together.
     pub(super) fn accumulate(
         &self,
-        batches: Vec<Batch>,
+        (step, batches): (usize, Vec<Batch>),
         counts: StepCounts,
         gradients: &mut ShardedGradients,
         device: &Device,
     ) -> Result<Measured> {
-        let scale = loss_scale(counts.label_tokens, counts.micro_batches);
+        let scale = self.extras.scale(counts.label_tokens, counts.micro_batches);
         let keeps_images = self.setup.holdings.has_embeddings();
         let mut about = Vec::with_capacity(batches.len());
         let mut micro_batches = Vec::with_capacity(batches.len());
         for mut batch in batches {
             let is_filler = batch.is_filler();
-            let scale = if is_filler { LossScale { per_token: 0.0, aux: 0.0 } } else { scale };
-            about.push((std::mem::take(&mut batch.rows), batch.num_label_tokens, is_filler));
+            let scale = if is_filler { LossScale { per_token: 0.0, aux: 0.0, ..scale } } else { scale };
             if !keeps_images {
                 batch.images.clear();
             }
-            micro_batches.push(MicroBatch { inputs: LabelledInputs::new(batch, device), scale });
+            let label_tokens = batch.num_label_tokens;
+            let (inputs, rows) = self.extras.inputs(batch, step, device);
+            about.push((rows, label_tokens, is_filler));
+            micro_batches.push(MicroBatch { inputs, scale });
         }
         let parts = match &self.sharding {
             None => {
@@ -88,13 +119,15 @@ impl Training {
 /// final; returns the norm of the gradient as well.
 pub(super) fn update_on_the_way(
     model: Mistral4,
-    mut batch: Batch,
+    (step, batch): (usize, Batch),
+    extras: Extras,
     optimizer: &mut Optimizer,
     factors: StepFactors,
     device: &Device,
 ) -> Result<(Mistral4, Measured, f64)> {
-    let (rows, label_tokens) = (std::mem::take(&mut batch.rows), batch.num_label_tokens);
-    let (inputs, scale) = (LabelledInputs::new(batch, device), loss_scale(label_tokens, 1));
+    let label_tokens = batch.num_label_tokens;
+    let scale = extras.scale(label_tokens, 1);
+    let (inputs, rows) = extras.inputs(batch, step, device);
     optimizer.begin_step();
     let (model, part, norm) = update_in_backward(model, &inputs, scale, |model, gradients| {
         optimizer.apply(model, gradients, factors)

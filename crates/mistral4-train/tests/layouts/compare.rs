@@ -37,10 +37,10 @@ struct Outcome {
     gradients: BTreeMap<String, Vec<f32>>,
 }
 
-const SCALE: LossScale = LossScale { per_token: 1.0 / 50.0, aux: 0.25 };
+const SCALE: LossScale = LossScale { per_token: 1.0 / 50.0, z_loss: 0.03, aux: 0.25 };
 
 fn moe() -> MoeOptions {
-    MoeOptions { aux_loss_coeff: 0.1, ..MoeOptions::default() }
+    MoeOptions { aux_loss_coeff: 0.1, router_z_loss_coeff: 0.07, ..MoeOptions::default() }
 }
 
 fn values(gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
@@ -114,8 +114,14 @@ pub(crate) fn compare(tiny: &TinyModel, layout: Layout, activations: Activations
         let expected: Vec<&MicroBatchLoss> = one.measured.iter().skip(data).step_by(dp).collect();
         assert_eq!(outcome.measured.len(), expected.len());
         for (got, want) in outcome.measured.iter().zip(expected) {
-            assert!(close(got.loss_sum, want.loss_sum), "{case}: {} {}", got.loss_sum, want.loss_sum);
-            assert!(close(got.aux_loss, want.aux_loss), "{case}: {} {}", got.aux_loss, want.aux_loss);
+            for (name, got, want) in [
+                ("loss_sum", got.loss_sum, want.loss_sum),
+                ("z_loss", got.z_loss, want.z_loss),
+                ("aux_loss", got.aux_loss, want.aux_loss),
+                ("router_z_loss", got.router_z_loss, want.router_z_loss),
+            ] {
+                assert!(want > 0.0 && close(got, want), "{case}: {name}: {got} {want}");
+            }
             assert_eq!(got.loads, want.loads, "{case}");
         }
     }

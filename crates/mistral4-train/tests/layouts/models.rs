@@ -85,7 +85,7 @@ fn ids(seed: usize, count: usize) -> Vec<u32> {
 fn batch(inputs: ModelInputs) -> LabelledInputs {
     let count = inputs.input_ids.as_ref().unwrap().len();
     let label = |i: usize| if i % 5 == 4 { -100 } else { ((i * 11 + 3) % 40) as i64 };
-    LabelledInputs { inputs, labels: (0..count).map(label).collect() }
+    LabelledInputs::plain(inputs, (0..count).map(label).collect())
 }
 
 /// Images of these heights and widths, and their tokens at the beginning of the ids.

@@ -1,7 +1,7 @@
 //! One decoder layer.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::Config;
 
 use crate::error::Result;
@@ -81,11 +81,13 @@ impl DecoderLayer {
 
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`, with the routing if the layer has experts
+    /// - `replay`: experts to send the tokens to, in place of the router's choice, `[T, K]`
     pub fn forward(
         &self,
         x: Tensor<2>,
         context: &LayerContext,
         cache: Option<&mut LayerCache>,
+        replay: Option<&Tensor<2, Int>>,
     ) -> (Tensor<2>, Option<Routing>) {
         let attended = self.self_attn.forward(
             self.input_layernorm.forward(x.clone()),
@@ -98,7 +100,7 @@ impl DecoderLayer {
         match &self.mlp {
             FeedForward::Dense(mlp) => (ops::add(x, mlp.forward(normed)), None),
             FeedForward::Moe(moe) => {
-                let (y, routing) = moe.forward(normed, context.token_mask.as_deref());
+                let (y, routing) = moe.forward(normed, context.token_mask.as_deref(), replay);
                 (ops::add(x, y), Some(routing))
             }
         }

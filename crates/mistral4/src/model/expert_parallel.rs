@@ -55,7 +55,7 @@ pub(super) fn routed(
     let pairs = incoming.rows.len();
     let rows = index(incoming.rows);
     let chosen = index(incoming.experts).reshape([pairs, 1]);
-    let arrived = Routing { indices: chosen, weights, load: Vec::new(), aux_loss: None };
+    let arrived = Routing { indices: chosen, weights, load: Vec::new(), aux_loss: None, z_loss: None };
     let y = experts.forward(x.clone().select(0, rows.clone()), &arrived);
     let y = x.zeros_like().select_assign(0, rows, y, IndexingUpdateOp::Add);
 

@@ -7,7 +7,7 @@ use mistral4_kernels as kernels;
 
 use crate::error::Result;
 use crate::model::moe::MoeOptions;
-use crate::ops::{self, RouterDims};
+use crate::ops::{self, RouterDims, composite};
 use crate::weights::Parameters;
 
 /// The router of one mixture layer, in f32 whatever the model's dtype.
@@ -45,6 +45,9 @@ pub struct Routing {
     pub load: Vec<u64>,
     /// Load-balancing loss, `[1]`, if `aux_loss_coeff` is above 0: already multiplied by it.
     pub aux_loss: Option<Tensor<1>>,
+    /// Mean squared log-sum-exp of the tokens' logits, `[1]`, if `router_z_loss_coeff` is above 0: already multiplied by
+    /// it.
+    pub z_loss: Option<Tensor<1>>,
 }
 
 impl Gate {
@@ -72,18 +75,30 @@ impl Gate {
         })
     }
 
-    /// Routes tokens.
+    /// Experts, and how many of them a token goes to.
+    pub(super) fn choices(&self) -> (usize, usize) {
+        (self.spec.experts, self.spec.top_k)
+    }
+
+    /// Routes tokens, to the experts of `replay` where it is given.
     ///
     /// # Shapes
-    /// - `x`: `[T, D]`; `token_mask`: `[T]`, false for padding, which counts in no statistic
-    pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> Routing {
+    /// - `x`: `[T, D]`; `token_mask`: `[T]`, false for padding, which counts in no statistic; `replay`: `[T, K]`
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        token_mask: Option<&[bool]>,
+        replay: Option<&Tensor<2, Int>>,
+    ) -> Routing {
         let spec = &self.spec;
         let tokens = x.dims()[0];
         let dims = spec.dims(tokens);
         let device = x.device().without_autodiff();
         let logits = ops::linear_f32(x, self.weight.val());
 
-        let chosen = if spec.options.fake_balanced_gate {
+        let chosen = if let Some(indices) = replay {
+            int_values(indices.clone())
+        } else if spec.options.fake_balanced_gate {
             spec.balanced_choice(tokens)
         } else {
             let bias = self.e_score_correction_bias.val();
@@ -96,9 +111,12 @@ impl Gate {
         let is_constant = spec.norm_topk_prob && spec.top_k == 1;
         let weighed = if is_constant { logits.clone().detach() } else { logits.clone() };
         let weights = ops::routing_weights(weighed, indices.clone(), dims);
-        let aux_loss = (spec.options.aux_loss_coeff > 0.0)
-            .then(|| spec.load_balancing_loss(logits, &load, token_mask) * spec.options.aux_loss_coeff);
-        Routing { indices, weights, load, aux_loss }
+        let aux_loss = (spec.options.aux_loss_coeff > 0.0).then(|| {
+            spec.load_balancing_loss(logits.clone(), &load, token_mask) * spec.options.aux_loss_coeff
+        });
+        let z_loss = (spec.options.router_z_loss_coeff > 0.0)
+            .then(|| spec.z_loss(logits, token_mask) * spec.options.router_z_loss_coeff);
+        Routing { indices, weights, load, aux_loss, z_loss }
     }
 }
 
@@ -152,6 +170,24 @@ impl GateSpec {
             Tensor::<2>::from_data(TensorData::new(frequency, [1, experts]), (&device, DType::F32));
         (scores.sum_dim(0) / counted as f64 * frequency).sum()
     }
+
+    /// The mean over tokens, padding excluded, of the squared log-sum-exp of their logits.
+    ///
+    /// Source: Zoph et al. 2022 (ST-MoE), equation 5.
+    fn z_loss(&self, logits: Tensor<2>, token_mask: Option<&[bool]>) -> Tensor<1> {
+        let [tokens, _] = logits.dims();
+        let device = logits.device().without_autodiff();
+        let square = composite::log_sum_exp(logits).square();
+        let Some(mask) = token_mask else { return square.mean() };
+        let counted = mask.iter().filter(|&&m| m).count().max(1);
+        let mask: Vec<f32> = mask.iter().map(|&m| f32::from(u8::from(m))).collect();
+        let mask = Tensor::<1>::from_data(TensorData::new(mask, [tokens]), (&device, DType::F32));
+        (square * mask).sum() / counted as f64
+    }
+}
+
+pub(super) fn int_values<const D: usize>(tensor: Tensor<D, Int>) -> Vec<i32> {
+    tensor.into_data_as::<i32>().try_into_vec::<i32>().expect("the tensor was just converted to i32")
 }
 
 /// The experts of each token, best first, `[T * K]`.

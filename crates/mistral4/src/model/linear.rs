@@ -8,7 +8,7 @@ use burn::tensor::{Int, Tensor};
 use crate::error::Result;
 use crate::model::lora::{self, Lora};
 use crate::model::weight::LinearWeight;
-use crate::ops::{self, Group, collective};
+use crate::ops::{self, Group, TokenLoss, collective};
 use crate::weights::Parameters;
 
 /// `y = x W^T + b`, with a low-rank adapter on `W` where there is one.
@@ -69,15 +69,15 @@ impl Linear {
         }
     }
 
-    /// Sum over labelled rows of the cross entropy of this map's output with the labels; see
+    /// Sum over labelled rows of the cross entropy of this map's output with the labels and of the z-loss; see
     /// [`ops::linear_cross_entropy`].
     ///
     /// # Shapes
-    /// - `x`: `[T, in]`, `labels`: `[T]`, output: `[1]` f32
-    pub fn cross_entropy(&self, x: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+    /// - `x`: `[T, in]`, `labels`: `[T]`
+    pub fn cross_entropy(&self, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
         match &self.lora {
-            None => ops::linear_cross_entropy(x, self.weight.val(), labels),
-            Some(_) => lora::cross_entropy(self, x, labels),
+            None => ops::linear_cross_entropy(x, self.weight.val(), labels, z_loss),
+            Some(_) => lora::cross_entropy(self, x, labels, z_loss),
         }
     }
 }

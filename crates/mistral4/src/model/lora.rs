@@ -9,7 +9,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::model::dropout::{Dropout, DropoutPosition};
 use crate::model::linear::Linear;
-use crate::ops::{self, composite};
+use crate::ops::{self, TokenLoss, composite};
 
 /// The adapter of a linear map.
 #[derive(Module, Debug)]
@@ -97,41 +97,43 @@ impl Lora {
     }
 }
 
-/// Sum of the cross entropy of an adapted map's output with labels, a block of rows at a time.
+/// Sum of the cross entropy of an adapted map's output with labels and of the z-loss, a block of rows at a time.
 ///
 /// The gradients of a block are computed with its loss, so that the logits of one block are in memory at once; they wait
 /// as factors of terms that are zero.
 ///
 /// # Shapes
-/// - `x`: `[T, in]`, `labels`: `[T]`, output: `[1]` f32
-pub(crate) fn cross_entropy(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+/// - `x`: `[T, in]`, `labels`: `[T]`
+pub(crate) fn cross_entropy(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
     let [tokens, _] = x.dims();
     let starts = (0..tokens).step_by(composite::LOSS_ROWS);
     let blocks = starts.map(|start| {
         let rows = start..(start + composite::LOSS_ROWS).min(tokens);
-        block_loss(linear, x.clone().slice_dim(0, rows.clone()), labels.clone().slice_dim(0, rows))
+        block_loss(linear, x.clone().slice_dim(0, rows.clone()), labels.clone().slice_dim(0, rows), z_loss)
     });
-    let nothing = Tensor::zeros([1], (&x.device(), DType::F32));
-    blocks.reduce(|sum, block| sum + block).unwrap_or(nothing)
+    blocks.reduce(TokenLoss::add).unwrap_or_else(|| TokenLoss::zero(&x.device()))
 }
 
-fn block_loss(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+fn block_loss(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
     if !x.device().is_autodiff() {
-        return composite::cross_entropy(linear.forward(x), labels);
+        return composite::cross_entropy(linear.forward(x), labels, z_loss);
     }
     let leaf = linear.valid().train();
     let input = x.clone().inner().autodiff().require_grad();
-    let loss = composite::cross_entropy(leaf.forward(input.clone()), labels);
-    let mut gradients = loss.backward();
-    let mut total = loss.inner().autodiff();
+    let loss = composite::cross_entropy(leaf.forward(input.clone()), labels, z_loss);
+    let mut gradients = loss.total.backward();
+    let mut total = loss.total.inner().autodiff();
+    let z_loss = loss.z_loss;
     total = total + zero_with_gradient(x, input.grad_remove(&mut gradients));
-    let (Some(lora), Some(leaf_lora)) = (&linear.lora, &leaf.lora) else { return total };
+    let (Some(lora), Some(leaf_lora)) = (&linear.lora, &leaf.lora) else {
+        return TokenLoss { total, z_loss };
+    };
     total = total + zero_with_gradient(lora.a.val(), leaf_lora.a.val().grad_remove(&mut gradients));
     total = total + zero_with_gradient(lora.b.val(), leaf_lora.b.val().grad_remove(&mut gradients));
     if let (Some(magnitude), Some(leaf)) = (&lora.magnitude, &leaf_lora.magnitude) {
         total = total + zero_with_gradient(magnitude.val(), leaf.val().grad_remove(&mut gradients));
     }
-    total
+    TokenLoss { total, z_loss }
 }
 
 /// Zero, whose gradient by `tensor` is `gradient`.

@@ -15,8 +15,10 @@ pub mod mla;
 pub mod mlp;
 pub mod moe;
 pub mod multimodal;
+pub mod neftune;
 pub mod norm;
 pub mod parallel;
+pub mod replay;
 pub mod rope;
 pub mod text;
 pub mod weight;
@@ -27,11 +29,13 @@ use mistral4_checkpoint::config::Config;
 pub use self::gate::Routing;
 pub use self::multimodal::Mistral3ForConditionalGeneration;
 pub use self::parallel::ModelGroups;
+pub use self::replay::RouterReplay;
 pub use self::text::{Mistral4ForCausalLM, Mistral4Model};
 use crate::error::{Error, Result};
 use crate::inputs::{ForwardOptions, Layout, LogitsToKeep, ModelInputs};
 use crate::model::cache::LatentCache;
 use crate::model::moe::MoeOptions;
+use crate::model::neftune::EmbeddingNoise;
 use crate::weights::{ParameterSource, Parameters};
 
 /// Tokens of a long prompt that are read at once.
@@ -163,6 +167,19 @@ impl Mistral4 {
             self.text().forward_embeds(piece, &inputs, Some(&mut *cache), &silent)?;
             begin = end;
         }
+    }
+
+    /// As [`Mistral4::embed`], with noise on the embeddings of the text's tokens.
+    ///
+    /// # Errors
+    /// As [`Mistral4::embed`].
+    pub fn embed_with_noise(&self, inputs: &ModelInputs, noise: &EmbeddingNoise) -> Result<Tensor<2>> {
+        let embeds = self.embed(inputs)?;
+        let image_token = match (self, &inputs.images) {
+            (Mistral4::Multimodal(model), Some(_)) => Some(model.image_token_index),
+            _ => None,
+        };
+        Ok(noise.add(embeds, inputs, image_token))
     }
 
     /// Runs the model.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::TextConfig;
 
 use crate::error::Result;
@@ -24,6 +24,8 @@ pub struct MoeOptions {
     pub gate_bias_update_factor: f64,
     /// Factor of the load-balancing loss; 0: none.
     pub aux_loss_coeff: f64,
+    /// Factor of the mean squared log-sum-exp of the router's logits; 0: none.
+    pub router_z_loss_coeff: f64,
     /// Whether the router's weight is trained.
     pub train_gate: bool,
     /// Send tokens to experts in turn instead of by score, for measuring speed.
@@ -35,6 +37,7 @@ impl Default for MoeOptions {
         Self {
             gate_bias_update_factor: 1e-3,
             aux_loss_coeff: 0.0,
+            router_z_loss_coeff: 0.0,
             train_gate: true,
             fake_balanced_gate: false,
         }
@@ -81,9 +84,14 @@ impl Moe {
     }
 
     /// # Shapes
-    /// - `x`: `[T, D]`, output: `[T, D]`
-    pub fn forward(&self, x: Tensor<2>, token_mask: Option<&[bool]>) -> (Tensor<2>, Routing) {
-        let routing = self.gate.forward(x.clone(), token_mask);
+    /// - `x`: `[T, D]`, output: `[T, D]`; `replay`: experts to send the tokens to, `[T, K]`
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        token_mask: Option<&[bool]>,
+        replay: Option<&Tensor<2, Int>>,
+    ) -> (Tensor<2>, Routing) {
+        let routing = self.gate.forward(x.clone(), token_mask, replay);
         let x = copy_to_group(x, &self.tensor_group);
         let here = Routing {
             weights: copy_to_group(routing.weights.clone(), &self.tensor_group),

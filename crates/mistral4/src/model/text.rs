@@ -184,7 +184,7 @@ impl Mistral4ForCausalLM {
     /// - `embeds`: `[T, D]`
     ///
     /// # Errors
-    /// Inputs that do not continue the cache, or positions outside the rows.
+    /// Inputs that do not continue the cache, positions outside the rows, or a replay of another pass.
     pub fn forward_embeds(
         &self,
         embeds: Tensor<2>,
@@ -193,6 +193,10 @@ impl Mistral4ForCausalLM {
         options: &ForwardOptions,
     ) -> Result<ModelOutput> {
         let context = self.model.context(inputs, cache.as_deref_mut())?;
+        let replay = options.router_replay.as_ref();
+        if let Some(replay) = replay {
+            replay.check(&self.model, 0..self.model.layers.len(), inputs.layout.tokens())?;
+        }
         let kept = kept_rows(&inputs.layout, &options.logits_to_keep)?;
         let mut output = ModelOutput {
             logits: None,
@@ -205,7 +209,9 @@ impl Mistral4ForCausalLM {
             if options.output_hidden_states {
                 output.hidden_states.push(x.clone());
             }
-            let (y, routing) = layer.forward(x, &context, cache.as_deref_mut().map(|c| c.layer(index)));
+            let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
+            let replay = replay.and_then(|replay| replay.layer(index));
+            let (y, routing) = layer.forward(x, &context, cache, replay);
             x = y;
             if let Some(routing) = routing.filter(|_| options.output_routing) {
                 output.routing.push((index, routing));

@@ -140,11 +140,12 @@ pub(super) trait BackwardKernels: FusedOps {
         x: FloatTensor<Self>,
         offsets: &[usize],
     ) -> FloatTensor<Self>;
-    /// Loss and gradients of the loss by `h` and `lm_head`.
+    /// Total loss and its part that is z-loss, `[2]`, and gradients of the total by `h` and `lm_head`.
     fn linear_cross_entropy_with_gradients(
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
+        z_loss: f64,
         want: (bool, bool),
     ) -> LossAndGradients<Self>;
 }
@@ -321,8 +322,9 @@ impl<B: BackwardKernels> Backward<B, 2> for LinearCrossEntropy {
     type State = [Option<FloatTensor<B>>; 2];
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        // The loss is a sum; its gradients were computed with it and wait for the factor from above.
-        let factor = grads.consume::<B>(&ops.node);
+        // The loss is a sum; its gradients were computed with it and wait for the factor from above. Its second entry
+        // is a measurement.
+        let factor = B::float_slice(grads.consume::<B>(&ops.node), &[(0..1).into()]);
         let scaled = ops.state.map(|gradient| {
             gradient.map(|gradient| {
                 let dtype = burn::tensor::FloatDType::from(burn::backend::TensorMetadata::dtype(&gradient));
@@ -529,16 +531,17 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
+        z_loss: f64,
         want: (bool, bool),
     ) -> FloatTensor<Self> {
         let op = LinearCrossEntropy.prepare::<C>([h.node(), lm_head.node()]).compute_bound().stateful();
         let (h, lm_head) = (h.into_primitive(), lm_head.into_primitive());
         match op {
             OpsKind::Tracked(op) => {
-                let (loss, dh, dw) = B::linear_cross_entropy_with_gradients(h, lm_head, labels, want);
+                let (loss, dh, dw) = B::linear_cross_entropy_with_gradients(h, lm_head, labels, z_loss, want);
                 op.finish([dh, dw], loss)
             }
-            OpsKind::UnTracked(op) => op.finish(B::linear_cross_entropy(h, lm_head, labels, want)),
+            OpsKind::UnTracked(op) => op.finish(B::linear_cross_entropy(h, lm_head, labels, z_loss, want)),
         }
     }
 }

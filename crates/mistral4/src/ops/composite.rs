@@ -1,12 +1,12 @@
 //! The operations in Burn tensor calls: portable, differentiable, and the reference for the fused kernels.
 
 use burn::tensor::{
-    Bool, DType, IndexingUpdateOp, Int, Tensor, TensorData,
+    Bool, DType, Device, IndexingUpdateOp, Int, Tensor, TensorData,
     activation::{log_softmax, softmax},
 };
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, MlaSpec, RopeSpec, RouterDims, activation};
+use super::{AttentionSpec, MlaSpec, RopeSpec, RouterDims, TokenLoss, activation};
 
 /// See [`super::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
@@ -187,7 +187,7 @@ pub fn attention_with_mask(
 }
 
 /// `true` where key `j` lies after query `i`, that is `j > i + offset`.
-fn hidden_keys(queries: usize, keys: usize, offset: isize, device: &burn::tensor::Device) -> Tensor<2, Bool> {
+fn hidden_keys(queries: usize, keys: usize, offset: isize, device: &Device) -> Tensor<2, Bool> {
     let row =
         Tensor::<1, Int>::arange(0..queries as i64, device).add_scalar(offset as i64).unsqueeze_dim::<2>(1);
     let column = Tensor::<1, Int>::arange(0..keys as i64, device).unsqueeze_dim::<2>(0);
@@ -266,25 +266,61 @@ pub fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: &[usize]) -> Ten
 pub(crate) const LOSS_ROWS: usize = 1024;
 
 /// See [`super::linear_cross_entropy`].
-pub fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+pub fn linear_cross_entropy(
+    h: Tensor<2>,
+    lm_head: Tensor<2>,
+    labels: Tensor<1, Int>,
+    z_loss: f64,
+) -> TokenLoss {
     let tokens = h.dims()[0];
-    let mut sum = Tensor::<1>::zeros([1], (&h.device(), DType::F32));
+    let mut sum = TokenLoss::zero(&h.device());
     for start in (0..tokens).step_by(LOSS_ROWS) {
         let rows = start..(start + LOSS_ROWS).min(tokens);
         let logits = linear(h.clone().slice_dim(0, rows.clone()), lm_head.clone());
-        sum = sum + cross_entropy(logits, labels.clone().slice_dim(0, rows));
+        sum = sum.add(cross_entropy(logits, labels.clone().slice_dim(0, rows), z_loss));
     }
     sum
 }
 
-/// Sum over labelled rows of the cross entropy of logits with their labels; -100 marks rows without one.
+/// Sum over labelled rows of the cross entropy of logits with their labels and of the z-loss; -100 marks rows without a
+/// label.
 ///
 /// # Shapes
-/// - `logits`: `[T, V]`, `labels`: `[T]`, output: `[1]` f32
-pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+/// - `logits`: `[T, V]`, `labels`: `[T]`
+pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
     let [tokens, _] = logits.dims();
     let ignored = labels.clone().lower_elem(0);
     let target = labels.mask_fill(ignored.clone(), 0).unsqueeze_dim::<2>(1);
-    let log_probability = log_softmax(logits.cast(DType::F32), 1).gather(1, target).reshape([tokens]);
-    log_probability.mask_fill(ignored, 0.0).sum().neg()
+    let logits = logits.cast(DType::F32);
+    let log_probability = log_softmax(logits.clone(), 1).gather(1, target).reshape([tokens]);
+    let total = log_probability.mask_fill(ignored.clone(), 0.0).sum().neg();
+    if z_loss == 0.0 {
+        let z_loss = Tensor::zeros([1], (&total.device(), DType::F32));
+        return TokenLoss { total, z_loss };
+    }
+    let z_loss = log_sum_exp(logits).square().mask_fill(ignored, 0.0).sum() * z_loss;
+    TokenLoss { total: total + z_loss.clone(), z_loss: z_loss.detach() }
+}
+
+/// `log(sum(exp(row)))` of every row.
+///
+/// # Shapes
+/// - `x`: `[rows, n]`, output: `[rows]`
+pub fn log_sum_exp(x: Tensor<2>) -> Tensor<1> {
+    let [rows, _] = x.dims();
+    let max = x.clone().detach().max_dim(1);
+    ((x - max.clone()).exp().sum_dim(1).log() + max).reshape([rows])
+}
+
+impl TokenLoss {
+    /// No loss.
+    pub(crate) fn zero(device: &Device) -> Self {
+        let zero = Tensor::zeros([1], (device, DType::F32));
+        Self { total: zero.clone(), z_loss: zero }
+    }
+
+    /// The loss of both tokens' sums.
+    pub(crate) fn add(self, other: Self) -> Self {
+        Self { total: self.total + other.total, z_loss: self.z_loss + other.z_loss }
+    }
 }

@@ -9,7 +9,7 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels::RouterDims;
 
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLoss};
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -97,11 +97,13 @@ pub(super) trait FusedOps: Backend {
         offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
-    /// See [`super::linear_cross_entropy`]; `want` says which gradients (of `h`, of `lm_head`) will be asked for.
+    /// See [`super::linear_cross_entropy`]: total and z-loss, `[2]`, of which only the total is differentiated; `want`
+    /// says which gradients (of `h`, of `lm_head`) will be asked for.
     fn linear_cross_entropy(
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
+        z_loss: f64,
         want: (bool, bool),
     ) -> FloatTensor<Self>;
 }
@@ -195,12 +197,19 @@ pub(super) fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usiz
     Tensor::from_dispatch(Dispatch::grouped_linear(x.into_dispatch(), weight.into_dispatch(), offsets))
 }
 
-pub(super) fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+pub(super) fn linear_cross_entropy(
+    h: Tensor<2>,
+    lm_head: Tensor<2>,
+    labels: Tensor<1, Int>,
+    z_loss: f64,
+) -> TokenLoss {
     let want = (h.is_tracked(), lm_head.is_tracked());
-    Tensor::from_dispatch(Dispatch::linear_cross_entropy(
+    let both: Tensor<1> = Tensor::from_dispatch(Dispatch::linear_cross_entropy(
         h.into_dispatch(),
         lm_head.into_dispatch(),
         labels.into_dispatch(),
+        z_loss,
         want,
-    ))
+    ));
+    TokenLoss { total: both.clone().slice_dim(0, 0..1), z_loss: both.slice_dim(0, 1..2).detach() }
 }

@@ -322,8 +322,8 @@ impl FusedOps for Flex {
         })
     }
 
-    fn linear_cross_entropy(h: F, lm_head: F, labels: I, _want: (bool, bool)) -> F {
-        Flex::linear_cross_entropy_with_gradients(h, lm_head, labels, (false, false)).0
+    fn linear_cross_entropy(h: F, lm_head: F, labels: I, z_loss: f64, _want: (bool, bool)) -> F {
+        Flex::linear_cross_entropy_with_gradients(h, lm_head, labels, z_loss, (false, false)).0
     }
 }
 
@@ -547,6 +547,7 @@ impl BackwardKernels for Flex {
         h: F,
         lm_head: F,
         labels: I,
+        z_loss: f64,
         want: (bool, bool),
     ) -> LossAndGradients<Flex> {
         let [vocab, width] = lm_head.shape().dims();
@@ -560,14 +561,15 @@ impl BackwardKernels for Flex {
                 labels,
                 vocab,
                 width,
+                z_loss: z_loss as f32,
             };
             let grads = kernels::LinearCrossEntropyGrads {
                 hidden: dh.as_deref_mut(),
                 lm_head: dlm_head.as_deref_mut(),
             };
-            let loss = kernels::linear_cross_entropy(&input, grads).loss;
+            let sum = kernels::linear_cross_entropy(&input, grads);
             (
-                tensor(vec![loss as f32], [1]),
+                tensor(vec![(sum.loss + sum.z_loss) as f32, sum.z_loss as f32], [2]),
                 dh.map(|d| tensor(d, h.shape())),
                 dlm_head.map(|d| tensor(d, lm_head.shape())),
             )

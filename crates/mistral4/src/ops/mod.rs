@@ -250,15 +250,31 @@ pub fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) ->
     composite::grouped_linear(x, weight, &offsets)
 }
 
-/// Sum over labelled tokens of the cross entropy of `h W^T` with the labels; -100 marks tokens without a label.
+/// The loss of labelled tokens, summed.
+#[derive(Debug, Clone)]
+pub struct TokenLoss {
+    /// Cross entropy and z-loss together: what gradients come from, `[1]` f32.
+    pub total: Tensor<1>,
+    /// The part that is z-loss, a measurement without gradient, `[1]` f32.
+    pub z_loss: Tensor<1>,
+}
+
+/// Sum over labelled tokens of the cross entropy of `h W^T` with the labels, and of `z_loss` times the squared
+/// log-sum-exp of the token's logits; -100 marks tokens without a label.
+///
+/// Source: Chowdhery et al. 2022 (PaLM), section 5, for the z-loss, which keeps the log-sum-exps near 0.
 ///
 /// # Shapes
 /// - `h`: `[T, D]`, `lm_head`: `[V, D]`, `labels`: `[T]` (already aligned: `labels[t]` is the target of row `t`)
-/// - output: `[1]` f32
-pub fn linear_cross_entropy(h: Tensor<2>, lm_head: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
+pub fn linear_cross_entropy(
+    h: Tensor<2>,
+    lm_head: Tensor<2>,
+    labels: Tensor<1, Int>,
+    z_loss: f64,
+) -> TokenLoss {
     #[cfg(feature = "flex")]
     if is_fused(&h.device()) {
-        return extension::linear_cross_entropy(h, lm_head, labels);
+        return extension::linear_cross_entropy(h, lm_head, labels, z_loss);
     }
-    composite::linear_cross_entropy(h, lm_head, labels)
+    composite::linear_cross_entropy(h, lm_head, labels, z_loss)
 }

@@ -351,20 +351,27 @@ fn linear_cross_entropy_equals_composite_and_ignores_unlabelled_tokens() {
     let (tokens, hidden, vocab) = (21, 10, 33);
     let labels: Vec<i64> = (0..tokens as i64).map(|t| if t % 4 == 0 { -100 } else { t * 5 % 33 }).collect();
     let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [tokens]), &Device::flex());
-    compare(
-        "linear_cross_entropy",
-        [random([tokens * hidden], 21), random([vocab * hidden], 22)],
-        |[h, w]| {
-            linear_cross_entropy(h.reshape([tokens, hidden]), w.reshape([vocab, hidden]), labels.clone())
-        },
-        |[h, w]| {
-            composite::linear_cross_entropy(
-                h.reshape([tokens, hidden]),
-                w.reshape([vocab, hidden]),
-                labels.clone(),
-            )
-        },
-    );
+    let inputs = || [random([tokens * hidden], 21), random([vocab * hidden], 22)];
+    let shaped = |[h, w]: [Tensor<1>; 2]| {
+        (h.reshape([tokens, hidden]) * 2.0, w.reshape([vocab, hidden]), labels.clone())
+    };
+    for z_loss in [0.0, 0.2] {
+        let fused = |inputs| {
+            let (h, w, labels) = shaped(inputs);
+            linear_cross_entropy(h, w, labels, z_loss)
+        };
+        let composite = |inputs| {
+            let (h, w, labels) = shaped(inputs);
+            composite::linear_cross_entropy(h, w, labels, z_loss)
+        };
+        let name = format!("linear_cross_entropy, z-loss {z_loss}");
+        compare(&name, inputs(), |inputs| fused(inputs).total, |inputs| composite(inputs).total);
+        let (got, want) = (values(fused(inputs()).z_loss), values(composite(inputs()).z_loss));
+        assert!(
+            (got[0] - want[0]).abs() <= 1e-5 * want[0] && (want[0] > 1.0) == (z_loss > 0.0),
+            "{got:?} {want:?}"
+        );
+    }
 }
 
 #[test]

@@ -204,8 +204,8 @@ impl Runner<'_> {
         let model = self.model.take().expect("the model is back after every step");
         let ids = self.work.ids(self.work.batch * self.work.sequence);
         let labels: Vec<i64> = ids.iter().skip(1).chain(ids.first()).map(|&id| i64::from(id)).collect();
-        let scale = LossScale { per_token: 1.0 / labels.len() as f64, aux: 0.0 };
-        let batch = LabelledInputs { inputs: ModelInputs::rows(ids, self.work.batch), labels };
+        let scale = LossScale { per_token: 1.0 / labels.len() as f64, z_loss: 0.0, aux: 0.0 };
+        let batch = LabelledInputs::plain(ModelInputs::rows(ids, self.work.batch), labels);
         let mut gradients = Gradients::default();
         forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients)?;
         let factors = StepFactors { lr: 1e-4, weight_decay: 0.01, grad_scale: 1.0 };

@@ -26,9 +26,9 @@ pub(super) fn gradients(
     labels: &[i64],
     device: &Device,
 ) -> Result<Vec<NamedTensor>> {
-    let batch = LabelledInputs { inputs: inputs.model_inputs(device), labels: inputs.targets(labels) };
+    let batch = LabelledInputs::plain(inputs.model_inputs(device), inputs.targets(labels));
     let count = batch.labels.iter().filter(|&&label| label >= 0).count();
-    let scale = LossScale { per_token: 1.0 / count.max(1) as f64, aux: 0.0 };
+    let scale = LossScale { per_token: 1.0 / count.max(1) as f64, z_loss: 0.0, aux: 0.0 };
     let mut gradients = Gradients::default();
     forward_backward(model, &batch, scale, Activations::Kept, &mut gradients)?;
     let trainable = model.parameters().into_iter().filter(|parameter| parameter.trainable);

@@ -143,8 +143,7 @@ impl Pipeline {
 
     /// Puts together what the ranks measured of each micro-batch.
     fn share(&self, mut measured: Vec<MicroBatchLoss>) -> Vec<MicroBatchLoss> {
-        let mut losses: Vec<f64> =
-            measured.iter().flat_map(|batch| [batch.loss_sum, batch.aux_loss]).collect();
+        let mut losses: Vec<f64> = measured.iter().flat_map(MicroBatchLoss::sums).collect();
         self.ranks.all_reduce_sum(&mut losses);
         // Of each load: micro-batch, layer, number of experts, tokens of each.
         let mine: Vec<u64> = measured
@@ -164,8 +163,8 @@ impl Pipeline {
                 rest = after;
             }
         }
-        for (batch, losses) in measured.iter_mut().zip(losses.chunks_exact(2)) {
-            (batch.loss_sum, batch.aux_loss) = (losses[0], losses[1]);
+        for (batch, sums) in measured.iter_mut().zip(losses.as_chunks().0) {
+            batch.set_sums(*sums);
             batch.loads.sort_unstable_by_key(|(layer, _)| *layer);
         }
         measured
