@@ -92,7 +92,7 @@ impl Setup {
         let build = |source: &dyn ParameterSource| {
             let source = HeldSource::new(source, &layout.division, mesh.world.rank());
             let model = Mistral4::new(&config.config, moe.clone(), &source, device)?;
-            let holdings = source.into_holdings(&model);
+            let holdings = source.into_holdings();
             Ok::<_, Error>((model, holdings))
         };
         let (mut model, holdings, adapter) = {

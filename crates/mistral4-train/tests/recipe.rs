@@ -85,8 +85,7 @@ fn nemo_lora_parses_unchanged() {
         recipe.model.source,
         ModelSource::FromConfig("mistralai/Mistral-Small-4-119B-2603".to_owned())
     );
-    let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(keys, ["distributed.ep_size"], "adapters are not spread with the experts");
+    recipe.check_runnable().unwrap();
 }
 
 #[test]

@@ -337,7 +337,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     }
     let validation_dataloader = DataloaderConfig::read(&mut root, "validation_dataloader", false)?;
     let checkpoint = CheckpointConfig::read(&mut root)?;
-    let distributed = DistributedConfig::read(&mut root, peft.is_some())?;
+    let distributed = DistributedConfig::read(&mut root)?;
     let early_stopping = EarlyStoppingConfig::read(&mut root)?;
     let tensorboard = TensorBoardConfig::read(&mut root)?;
     let peak_tflops = watching::read_mfu(&mut root)?;
