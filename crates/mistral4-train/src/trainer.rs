@@ -162,6 +162,7 @@ pub fn run_on(
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
     recipe.check_runnable()?;
+    recipe.check_data_is_here()?;
     let is_first = host.world.is_first();
     let mut unheard = |_: Event<'_>| {};
     let observe: &mut dyn FnMut(Event<'_>) = if is_first { observe } else { &mut unheard };
