@@ -122,6 +122,11 @@ def vlm() -> None:
     rows = [{"messages": both, "images": [{"bytes": pictures[0]}, {"bytes": pictures[2], "path": "c.png"}]}]
     twin = [{"messages": both, "images": [encoded[0], encoded[2]]}]
     write("vlm_images", pa.schema({"messages": plain, "images": pa.list_(PICTURE)}), rows, twin)
+    about = [{"mode": "CT", "case_id": f"MPX{i}", "question": f"What is {i}?", "answer": f"noise {i}"} for i in range(3)]
+    rows = [row | {"image_id": {"bytes": data}} for row, data in zip(about, pictures, strict=True)]
+    twin = [row | {"image_id": data} for row, data in zip(about, encoded, strict=True)]
+    strings = {name: pa.string() for name in ("mode", "case_id", "question", "answer")}
+    write("medpix", pa.schema({"image_id": PICTURE} | strings), rows, twin)
 
 
 def others() -> None:

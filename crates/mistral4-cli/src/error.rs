@@ -247,6 +247,7 @@ impl From<TrainError> for Error {
             E::UnknownName { .. } => (ErrorKind::Input, "write one of the accepted names"),
             E::Override { .. } => (ErrorKind::Input, "overrides read `--section.key value`"),
             E::NotRunnable { .. } => (ErrorKind::Input, "remove or change these settings"),
+            E::Missing { .. } => (ErrorKind::Input, "download the data, and point these keys at them"),
             E::Row { .. } | E::Dataset { .. } => (ErrorKind::Input, "correct the data"),
             E::Resume { .. } => (
                 ErrorKind::Input,

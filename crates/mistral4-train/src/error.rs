@@ -297,6 +297,12 @@ pub enum Error {
         /// Each setting, with its reason.
         blockers: Vec<Blocker>,
     },
+    /// The recipe names data that must be downloaded first.
+    #[error("this recipe names data that are not here:{}", lines(missing))]
+    Missing {
+        /// Each setting, with what to do.
+        missing: Vec<Blocker>,
+    },
     /// Numbers of a recipe contradict each other.
     #[error("`{key}: {value}`: {message}")]
     Inconsistent {

@@ -2,16 +2,16 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
 
-use mistral4_checkpoint::config::{ConfigOptions, preset_names};
-use mistral4_checkpoint::weights::DType;
-use mistral4_checkpoint::weights::names::{TensorKind, TensorSpec, tensors};
+use mistral4::weights::adapter_key;
+use mistral4_checkpoint::weights::names::{TensorKind, tensors};
+use mistral4_checkpoint::weights::{DType, WeightFormat};
 
 use crate::error::{Error, Result};
 use crate::parallel::MeshShape;
-use crate::parallel::holdings::Division;
-use crate::recipe::{ModelSource, Recipe, Strategy};
+use crate::parallel::holdings::{Division, stays_quantized};
+use crate::parallel::sharding::is_kept_whole;
+use crate::recipe::{Recipe, Strategy};
 use crate::setup::{Base, frozen};
 
 /// Memory of one rank, in bytes, besides activations.
@@ -110,42 +110,78 @@ impl fmt::Display for Plan {
     }
 }
 
-fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
-    let (ModelSource::Pretrained(name) | ModelSource::FromConfig(name)) = &recipe.model.source;
-    if !Path::new(name).exists() && !preset_names().any(|preset| preset == name) {
-        return Ok(None);
+/// A tensor of the model or of its adapters.
+struct Item {
+    key: String,
+    shape: Vec<usize>,
+    /// Bytes of a value.
+    width: u64,
+    /// Bits of a value that stays quantised, its part of the scales included.
+    quantized_bits: Option<f64>,
+    is_trained: bool,
+}
+
+/// Bits of a value, with its part of a scale in f32 and of a zero point.
+fn quantized_bits(format: WeightFormat) -> f64 {
+    match format {
+        WeightFormat::Int { bits, group_size, symmetric } => {
+            bits.count() as f64 + (32.0 + if symmetric { 0.0 } else { 8.0 }) / group_size as f64
+        }
+        WeightFormat::Fp8 => 8.0,
     }
-    let Base { config, dtype, .. } = Base::open(&recipe.model, &ConfigOptions::default())?;
-    let specs = tensors(&config.config);
+}
+
+fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
+    let Some((config, dtype)) = Base::describe(&recipe.model)? else { return Ok(None) };
+    let width = |dtype: DType| dtype.stored().size() as u64;
     let is_frozen = frozen(recipe.freeze_config);
+    let base = tensors(&config.config).into_iter().map(|spec| Item {
+        quantized_bits: recipe.quantization.and_then(|how| how.of(&spec)).map(quantized_bits),
+        is_trained: recipe.peft.is_none() && spec.kind != TensorKind::GateBias && !is_frozen(&spec.key),
+        key: spec.key,
+        shape: spec.shape,
+        width: width(dtype),
+    });
+    let mut items: Vec<Item> = base.collect();
+    if let Some(peft) = &recipe.peft {
+        for (target, rank) in peft.lora.plan(&config.config)? {
+            let axes = target.shape.len();
+            let (mut a, mut b) = (target.shape.clone(), target.shape.clone());
+            (a[axes - 2], b[axes - 1]) = (rank, rank);
+            let magnitude = peft.lora.use_dora.then(|| ("magnitude", vec![target.shape[0]]));
+            items.extend([("a", a), ("b", b)].into_iter().chain(magnitude).map(|(part, shape)| Item {
+                key: adapter_key(&target.name, axes, part),
+                shape,
+                width: width(peft.lora_dtype.unwrap_or(dtype)),
+                quantized_bits: None,
+                is_trained: true,
+            }));
+        }
+    }
     let is_sharded = recipe.distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
     let division = Division::new(*mesh, is_sharded, &config.config, recipe.distributed.pipeline)?;
-    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &specs, dtype, &is_frozen));
+    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &items));
     Ok(ranks.max_by_key(RankMemory::total))
 }
 
-fn rank_memory(
-    division: &Division,
-    rank: usize,
-    specs: &[TensorSpec],
-    dtype: DType,
-    is_frozen: &impl Fn(&str) -> bool,
-) -> RankMemory {
-    let width = dtype.stored().size() as u64;
+fn rank_memory(division: &Division, rank: usize, items: &[Item]) -> RankMemory {
     let mut memory = RankMemory::default();
     let mut layers: HashMap<&str, u64> = HashMap::new();
-    for spec in specs {
-        let Some(held) = division.held(&spec.key, &spec.shape, rank) else { continue };
+    for Item { key, shape, width, quantized_bits, is_trained } in items {
+        let Some(held) = division.held(key, shape, rank) else { continue };
         let kept = held.range.len() as u64;
-        memory.weights += kept * width;
-        if spec.kind != TensorKind::GateBias && !is_frozen(&spec.key) {
+        let bits =
+            quantized_bits.filter(|_| stays_quantized(&held.part, shape)).unwrap_or(8.0 * *width as f64);
+        let bytes = |values: u64| (values as f64 * bits / 8.0) as u64;
+        memory.weights += bytes(kept);
+        if *is_trained {
             memory.gradients += kept * 4;
-            memory.optimizer += kept * if width < 4 { 12 } else { 8 };
+            memory.optimizer += kept * if *width < 4 { 12 } else { 8 };
         }
         // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
-        let layer = spec.key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());
-        if let Some(layer) = layer.filter(|_| division.is_sharded) {
-            *layers.entry(layer).or_default() += held.part.elements() as u64 * width;
+        let layer = key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());
+        if let Some(layer) = layer.filter(|_| division.is_sharded && !is_kept_whole(key)) {
+            *layers.entry(layer).or_default() += bytes(held.part.elements() as u64);
         }
     }
     memory.gathered = 2 * layers.into_values().max().unwrap_or(0);
@@ -179,6 +215,18 @@ optimizer: {_target_: AdamW}
         let quarter = shards.optimizer as f64 / one.optimizer as f64;
         assert!((0.25..0.3).contains(&quarter), "{quarter}");
         assert!(shards.gathered > 0);
+    }
+
+    #[test]
+    fn adapters_alone_have_gradients_and_are_kept_whole_but_for_experts() {
+        let peft =
+            ["--peft.target_modules", "[lm_head, '*.mlp.experts']", "--model.gate_bias_update_factor", "0"];
+        let whole = plan(1, &[]).unwrap().memory.unwrap();
+        let one = plan(1, &peft).unwrap().memory.unwrap();
+        let two = plan(2, &[&peft[..], &["--distributed.ep_size", "2"]].concat()).unwrap().memory.unwrap();
+        let adapters = one.weights - whole.weights;
+        assert_eq!((one.gradients, one.optimizer), (adapters, 2 * adapters));
+        assert!(two.gradients < one.gradients && two.gradients > one.gradients / 2, "{two:?} {one:?}");
     }
 
     #[test]

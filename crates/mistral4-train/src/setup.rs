@@ -93,7 +93,7 @@ impl Setup {
         let build = |source: &dyn ParameterSource| {
             let source = HeldSource::new(source, &layout.division, mesh.world.rank());
             let model = Mistral4::new(&config.config, moe.clone(), &source, device)?;
-            let holdings = source.into_holdings(&model);
+            let holdings = source.into_holdings();
             Ok::<_, Error>((model, holdings))
         };
         let (mut model, holdings, adapter) = {
@@ -172,7 +172,24 @@ pub(crate) struct Base {
     checkpoint: Option<Checkpoint>,
 }
 
+/// Models of the hub whose configuration is also a preset.
+const PRESETS: [(&str, &str); 1] = [("mistralai/Mistral-Small-4-119B-2603", "mistral-small-4-119b")];
+
 impl Base {
+    /// Configuration and storage type of what is on this machine or known without it; `None` for anything else.
+    pub(crate) fn describe(model: &ModelConfig) -> Result<Option<(ConfigFile, DType)>> {
+        let (ModelSource::Pretrained(name) | ModelSource::FromConfig(name)) = &model.source;
+        let options = ConfigOptions::default();
+        if Path::new(name).exists() || preset_names().any(|preset| preset == name) {
+            let Self { config, dtype, .. } = Self::open(model, &options)?;
+            return Ok(Some((config, dtype)));
+        }
+        let Some((_, preset)) = PRESETS.iter().find(|(id, _)| id == name) else { return Ok(None) };
+        let config = ConfigFile::preset(preset, &options)?;
+        let dtype = storage_dtype(model.torch_dtype, &config);
+        Ok(Some((if model.multimodal { config } else { config.text_only() }, dtype)))
+    }
+
     pub(crate) fn open(model: &ModelConfig, options: &ConfigOptions) -> Result<Self> {
         match &model.source {
             ModelSource::Pretrained(name) => {

@@ -163,6 +163,7 @@ pub fn run_on(
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Run> {
     recipe.check_runnable()?;
+    recipe.check_data_is_here()?;
     let is_first = host.world.is_first();
     let mut unheard = |_: Event<'_>| {};
     let observe: &mut dyn FnMut(Event<'_>) = if is_first { observe } else { &mut unheard };
@@ -287,12 +288,12 @@ fn train(
 
 impl Training {
     /// Sums gradients over ranks with other data: those of the model's parameters over the ranks that keep the same
-    /// values; those of adapters, which are whole everywhere, over all.
+    /// values; those of adapters, which are not sharded, over all.
     fn reduce(&self, gradients: &mut Gradients, device: &Device) {
         let (adapters, base): (Vec<_>, Vec<_>) =
             self.trained.iter().cloned().partition(|(key, _)| is_adapter(key));
         reduce::over_replicas(gradients, &base, &self.setup.layout.replicas, device);
-        reduce::all_reduce(gradients, &adapters, &self.mesh.data, device);
+        reduce::over_replicas(gradients, &adapters, &self.setup.layout.data, device);
     }
 
     /// L2 norm of the gradient over all of its parts.

@@ -70,6 +70,7 @@ fn parquet_rows_are_the_samples_of_their_json_twins() {
         ("share_gpt", "ChatDataset", 40, 0),
         ("vlm_image", "ChatDataset", 3, 3),
         ("vlm_images", "ChatDataset", 1, 2),
+        ("medpix", "make_medpix_dataset", 3, 3),
         ("text", "text, seq_length: 32", 60, 0),
         (
             "instruction",
@@ -112,6 +113,30 @@ fn parquet_is_shuffled_and_split_as_other_data() {
         texts.sort();
         assert_eq!(texts, in_order);
     }
+}
+
+#[test]
+fn questions_about_images_come_from_the_files_of_their_split() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["train-00000-of-00001", "validation-00000-of-00001"] {
+        std::fs::copy(fixture("medpix.parquet"), folder.path().join(format!("{name}.parquet"))).unwrap();
+    }
+    let place = folder.path().display();
+    let dataset = |split: &str| {
+        format!("{{_target_: make_medpix_dataset, path_or_dataset: {place}, split: '{split}'}}")
+    };
+    let batches = all(&dataset("train"), &[]);
+    let texts: Vec<_> = batches.iter().map(learned).collect();
+    assert_eq!(texts, [0, 1, 2].map(|i| format!("noise {i}</s>")));
+    assert!(batches.iter().all(|batch| batch.images.len() == 1));
+    assert_eq!(all(&dataset("validation[1:]"), &[]).len(), 2);
+    let error = open(&dataset("test"), &[]).err().unwrap().to_string();
+    assert!(error.contains("no file of the split `test`"), "{error}");
+    let rows = "{\"image_id\": \"a.png\", \"question\": \"?\"}\n";
+    std::fs::write(folder.path().join("broken.jsonl"), rows).unwrap();
+    let mut broken = open(&dataset("broken"), &[]).unwrap();
+    let error = epoch(&mut broken).unwrap_err().to_string();
+    assert!(error.contains("broken.jsonl") && error.contains("answer"), "{error}");
 }
 
 #[test]

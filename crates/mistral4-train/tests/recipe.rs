@@ -1,6 +1,8 @@
 //! Recipes as people bring them, and recipes with mistakes.
 
 use mistral4_train::Error;
+use mistral4_train::parallel::MeshShape;
+use mistral4_train::plan::Plan;
 use mistral4_train::recipe::{
     DatasetConfig, Effect, LrDecayStyle, ModelSource, Override, PipelineConfig, Recipe, RecipeKind,
     SoftmaxScaleOverride, TorchDtype, parse_overrides,
@@ -51,7 +53,7 @@ fn the_example_recipe_runs_with_its_two_paths() {
 }
 
 #[test]
-fn nemo_medpix_parses_unchanged_and_says_what_cannot_run() {
+fn nemo_medpix_parses_unchanged_and_says_what_is_missing() {
     let recipe = parse(include_str!("recipes/nemo/mistral4_medpix.yaml")).unwrap();
     assert_eq!(recipe.kind, RecipeKind::Vlm);
     assert!(recipe.model.multimodal);
@@ -62,9 +64,17 @@ fn nemo_medpix_parses_unchanged_and_says_what_cannot_run() {
     assert_eq!((recipe.dataloader.max_length, recipe.dataloader.drop_last), (Some(2048), true));
     assert_eq!((recipe.lr_scheduler.as_ref(), recipe.max_grad_norm), (None, None));
     assert_eq!(recipe.validation.len(), 1);
-    let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(keys, ["dataset._target_", "validation_dataset._target_"]);
-    assert!(recipe.check_runnable().is_err());
+    recipe.check_runnable().unwrap();
+    let missing = recipe.missing_data();
+    let keys: Vec<_> = missing.iter().map(|missing| missing.key.as_str()).collect();
+    assert_eq!(keys, ["dataset.path_or_dataset", "validation_dataset.path_or_dataset"]);
+    let message = recipe.check_data_is_here().unwrap_err().to_string();
+    assert!(message.contains("hf download --repo-type dataset mmoukouba/MedPix-VQA"), "{message}");
+    assert!(message.contains("--validation_dataset.path_or_dataset DIR"), "{message}");
+    assert!(recipe.describe_missing().contains("mistralai/Mistral-Small-4-119B-2603"));
+    let plan = Plan::new(&recipe, MeshShape::fewest_ranks(&recipe.distributed)).unwrap();
+    assert_eq!((plan.mesh.ranks(), plan.grad_acc_steps), (32, 8));
+    assert!(plan.memory.is_some());
     assert_eq!((recipe.distributed.pp_size, recipe.distributed.ep_size), (4, 8));
     let pipeline = PipelineConfig { interleaved: true, layers_per_stage: Some(4) };
     assert_eq!(recipe.distributed.pipeline, pipeline);
@@ -85,8 +95,12 @@ fn nemo_lora_parses_unchanged() {
         recipe.model.source,
         ModelSource::FromConfig("mistralai/Mistral-Small-4-119B-2603".to_owned())
     );
-    let keys: Vec<_> = recipe.report.blockers().into_iter().map(|blocker| blocker.key).collect();
-    assert_eq!(keys, ["distributed.ep_size"], "adapters are not spread with the experts");
+    recipe.check_runnable().unwrap();
+    assert!(recipe.missing_data().is_empty());
+    let plan = Plan::new(&recipe, MeshShape::fewest_ranks(&recipe.distributed)).unwrap();
+    let memory = plan.memory.unwrap();
+    assert_eq!(plan.mesh.ranks(), 16);
+    assert!(memory.gradients * 20 < memory.weights, "only adapters are trained: {memory:?}");
 }
 
 #[test]
@@ -130,7 +144,7 @@ fn every_key_is_reported() {
 
 #[test]
 fn the_report_groups_keys_by_what_they_do() {
-    let recipe = parse(include_str!("recipes/nemo/mistral4_medpix.yaml")).unwrap();
+    let recipe = parse(include_str!("recipes/nemo/llama3_2_1b_squad.yaml")).unwrap();
     let text = recipe.report.to_string();
     for part in
         ["honoured:", "without effect here:", "not supported:", "dist_env: {backend, timeout_minutes}"]

@@ -153,7 +153,7 @@ pub fn resolve(model: &str, options: &HubOptions, progress: &mut dyn FnMut(Progr
 }
 
 /// `owner/name`, each of letters, digits, `-`, `_` and `.`.
-fn is_hub_id(model: &str) -> bool {
+pub fn is_hub_id(model: &str) -> bool {
     let is_part = |part: &str| {
         !part.is_empty()
             && part.len() <= 96

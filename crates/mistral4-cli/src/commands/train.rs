@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mistral4_train::checkpoint::Disk;
 use mistral4_train::dashboard::Dashboard;
-use mistral4_train::parallel::{Communicator, stop};
+use mistral4_train::parallel::{Communicator, MeshShape, stop};
 use mistral4_train::plan::Plan;
 use mistral4_train::recipe::{Recipe, parse_overrides};
 use mistral4_train::trainer::{self, Event, Host, Run};
@@ -65,14 +65,8 @@ fn run_rank(arguments: &TrainArguments, world: &Communicator) -> Result<()> {
         return Ok(());
     }
     if arguments.dry_run {
-        stdout::print(&recipe.report.to_string())?;
-        let plan = Plan::new(&recipe, arguments.nproc.map_or(world.size(), usize::from));
-        if let Ok(plan) = &plan {
-            stdout::print(&plan.to_string())?;
-        }
-        recipe.check_runnable()?;
-        plan?;
-        return Ok(());
+        let started = arguments.nproc.map(usize::from).or((world.size() > 1).then_some(world.size()));
+        return dry_run(&recipe, started);
     }
     let device = arguments.compute.device.of_rank(launch::local_rank()).open()?;
     let follows = "finishing this step and saving; once more to leave at once";
@@ -93,6 +87,27 @@ fn run_rank(arguments: &TrainArguments, world: &Communicator) -> Result<()> {
     let run = trainer::run_on(host, &recipe, &interrupted, &mut |event| watcher.see(event))?;
     drop(watcher);
     if world.is_first() { summarise(&run) } else { Ok(()) }
+}
+
+/// Shows what a recipe does and takes, on the ranks that were asked for, or else on the fewest that it can run on.
+///
+/// What this machine lacks (ranks, data, a model) is told and is no error; settings that no machine could honour are.
+fn dry_run(recipe: &Recipe, ranks: Option<usize>) -> Result<()> {
+    stdout::print(&recipe.report.to_string())?;
+    stdout::print(&recipe.describe_missing())?;
+    let fewest = MeshShape::fewest_ranks(&recipe.distributed);
+    let plan = Plan::new(recipe, ranks.unwrap_or(fewest));
+    if let Ok(plan) = &plan {
+        if ranks.is_none() && fewest > 1 {
+            stdout::print(&format!(
+                "ranks: {fewest}, the fewest that this recipe can run on; start them with --nproc {fewest} or mpirun\n"
+            ))?;
+        }
+        stdout::print(&plan.to_string())?;
+    }
+    recipe.check_runnable()?;
+    plan?;
+    Ok(())
 }
 
 impl TrainArguments {

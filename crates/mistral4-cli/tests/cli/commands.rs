@@ -291,3 +291,32 @@ fn a_recipe_runs_with_overrides() {
     assert_eq!(log.lines().count(), 3, "{log}");
     ok(place.run(&["inspect", "checkpoints/LATEST/model/consolidated"]));
 }
+
+#[test]
+fn nemo_recipes_are_planned_as_they_are_and_say_what_they_need() {
+    let place = Place::new();
+    for (name, ranks, needs) in [
+        (
+            "mistral4_lora",
+            "ranks: 16,",
+            "not on this machine:\n  model.config.pretrained_model_name_or_path: ",
+        ),
+        ("mistral4_medpix", "ranks: 32,", "then `--validation_dataset.path_or_dataset DIR`"),
+    ] {
+        let recipe =
+            format!("{}/../mistral4-train/tests/recipes/nemo/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let plan = ok(place.run(&["train", &recipe, "--dry-run"]));
+        for part in ["honoured:", "mesh: ", "memory of a rank", ranks, needs] {
+            assert!(plan.contains(part), "{part} is not in\n{plan}");
+        }
+        let run = place.run(&["train", &recipe]);
+        assert_eq!(run.code, 2, "{}", run.stderr);
+        let three = place.run(&["train", &recipe, "--dry-run", "--nproc", "3"]);
+        assert_eq!(three.code, 2, "{}", three.stderr);
+    }
+    let run = place.run(&[
+        "train",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../mistral4-train/tests/recipes/nemo/mistral4_medpix.yaml"),
+    ]);
+    assert!(run.stderr.contains("hf download --repo-type dataset mmoukouba/MedPix-VQA"), "{}", run.stderr);
+}

@@ -220,6 +220,11 @@ impl QuantizedMatrix {
         self.dims.columns.div_ceil(self.scheme.group().max(1))
     }
 
+    /// Whether there are zero points.
+    pub(crate) fn has_zeros(&self) -> bool {
+        matches!(self.scheme, Scheme::Int { symmetric: false, .. })
+    }
+
     pub(crate) fn panels(&self) -> usize {
         self.dims.rows.div_ceil(LANES)
     }

@@ -10,6 +10,7 @@ mod avx512;
 mod experts;
 mod linear;
 mod matrix;
+mod parts;
 mod product;
 mod quantize;
 

@@ -139,6 +139,27 @@ fn codes_scales_and_zeros_come_back_as_given() {
 
 /// A scale for each row and block of columns, as checkpoints hold them.
 #[test]
+fn parts_are_some_matrices_and_panels_make_up_the_stack_again() {
+    let mut random = Random::new(5);
+    let dims = StackDims { matrices: 4, rows: 37, columns: 70 };
+    for scheme in schemes() {
+        let stack = quantize(&mut random, dims, scheme);
+        let some = stack.matrices(1..3);
+        assert_eq!(some.dims(), StackDims { matrices: 2, ..dims });
+        let values = reference::dequantized(&stack);
+        let each = dims.rows * dims.columns;
+        assert_eq!(reference::dequantized(&some), values[each..3 * each]);
+        // Panels end within matrices, and one part is empty.
+        let ends = [0, 5, 5, stack.all_panels()];
+        let parts: Vec<_> = ends.windows(2).map(|ends| stack.panels_as_matrix(ends[0]..ends[1])).collect();
+        let bytes: Vec<_> = parts.iter().map(QuantizedMatrix::to_bytes).collect();
+        for part in &parts {
+            assert_eq!(part.joined(dims, bytes.iter().map(Vec::as_slice)), stack, "{scheme:?}");
+        }
+    }
+}
+
+#[test]
 fn fp8_blocks() {
     let mut random = Random::new(3);
     let dims = StackDims { matrices: 1, rows: 37, columns: 50 };

@@ -1,8 +1,12 @@
 //! Saving on many ranks: the first one writes, the others give it what they keep, and all of them learn how it went.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, TensorData};
 
 use crate::error::{Error, Result};
+use crate::optim::ParameterState;
+use crate::parallel::sharding::BLOCK;
 use crate::parallel::{Communicator, Holdings, Mesh};
 
 /// A request that ends the giving of parts.
@@ -24,8 +28,6 @@ pub(super) struct StateLabel {
     /// Its parameter.
     pub(super) key: String,
     pub(super) dtype: DType,
-    /// Values that this rank keeps.
-    pub(super) count: usize,
 }
 
 impl StateLabel {
@@ -33,15 +35,15 @@ impl StateLabel {
 
     fn to_line(&self) -> String {
         let dtype = Self::DTYPES.iter().position(|dtype| *dtype == self.dtype).expect("a dtype of states");
-        format!("{}\t{}\t{dtype}\t{}", self.name, self.key, self.count)
+        format!("{}\t{}\t{dtype}", self.name, self.key)
     }
 
     fn from_line(line: &str) -> Self {
         let mut fields = line.split('\t');
-        let mut next = || fields.next().expect("a line has four fields");
+        let mut next = || fields.next().expect("a line has three fields");
         let (name, key) = (next().to_owned(), next().to_owned());
-        let number = |field: &str| field.parse::<usize>().expect("a number was written");
-        Self { name, key, dtype: Self::DTYPES[number(next())], count: number(next()) }
+        let dtype: usize = next().parse().expect("a number was written");
+        Self { name, key, dtype: Self::DTYPES[dtype] }
     }
 }
 
@@ -133,6 +135,8 @@ impl Source<'_> {
         self.world.broadcast(&mut [request.len() as u64], 0);
         self.world.broadcast(&mut request, 0);
         let elements: usize = holdings.shape(key).iter().product();
+        let of_blocks = name.ends_with(ParameterState::OF_BLOCKS);
+        let count = if of_blocks { elements.div_ceil(BLOCK) } else { elements };
         let mut whole = Vec::new();
         for (rank, held) in holdings.keepers(key) {
             let part = match (rank, &mine) {
@@ -149,10 +153,14 @@ impl Source<'_> {
             if held.range.is_empty() {
                 continue;
             }
-            let width = part.len() / held.range.len();
-            whole.resize(elements * width, 0);
+            let runs = match of_blocks {
+                true => held.blocks().expect("8-bit states are kept of whole blocks"),
+                false => held.runs(),
+            };
+            let width = part.len() / runs.iter().map(Range::len).sum::<usize>();
+            whole.resize(count * width, 0);
             let mut rest = &part[..];
-            for run in held.runs() {
+            for run in runs {
                 let (values, after) = rest.split_at(run.len() * width);
                 whole[run.start * width..run.end * width].copy_from_slice(values);
                 rest = after;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
 use bytemuck::pod_collect_to_vec;
-use mistral4::weights::{NamedTensor, adapter_of, host_tensor};
+use mistral4::weights::{NamedTensor, adapter_with, host_tensor};
 use mistral4_checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_MODEL, Adapter};
 use mistral4_checkpoint::config::{ConfigFile, ConfigForm};
 use mistral4_checkpoint::weights::{self, DType, HostData, HostTensor, SaveDType, SaveOptions};
@@ -33,6 +33,7 @@ use crate::guard::GuardState;
 use crate::metrics::number_or_null;
 use crate::optim::{OptimizerState, ParameterState, StateTensor};
 use crate::parallel::Holdings;
+use crate::parallel::sharding::BLOCK;
 use crate::schedule::StepState;
 
 const FORMAT_VERSION: u32 = 1;
@@ -158,7 +159,6 @@ impl Snapshot {
             name: (*name).to_owned(),
             key: key.clone(),
             dtype: values.dtype(),
-            count: values.len(),
         };
         let states = ranks.all_states(self.states.iter().map(label).collect());
         let parameters =
@@ -185,8 +185,7 @@ impl Snapshot {
             disk.create_folder(&folder.join(part))?;
         }
         let warnings = match &self.model.adapter {
-            // Every rank has the adapters whole.
-            Some(adapter) => self.write_adapter(adapter, disk, &folder.join(model))?,
+            Some(adapter) => self.write_adapter(adapter, disk, &folder.join(model), whole)?,
             None => self.write_model(disk, &folder.join(model), whole)?,
         };
         self.write_optimizer(disk, folder, whole)?;
@@ -209,8 +208,15 @@ impl Snapshot {
         Ok(warnings)
     }
 
-    fn write_adapter(&self, adapter: &Adapter, disk: &Disk, folder: &Path) -> Result<Vec<String>> {
-        let files = adapter_of(&self.parameters, adapter).to_files(self.model.config.config.vision.is_some());
+    fn write_adapter(
+        &self,
+        adapter: &Adapter,
+        disk: &Disk,
+        folder: &Path,
+        whole: &Whole<'_>,
+    ) -> Result<Vec<String>> {
+        let adapter = adapter_with(adapter, |key| whole.parameter(key));
+        let files = adapter.to_files(self.model.config.config.vision.is_some());
         disk.write(&folder.join(ADAPTER_MODEL), &files.model)?;
         disk.write(&folder.join(ADAPTER_CONFIG), &files.config)?;
         Ok(Vec::new())
@@ -232,10 +238,11 @@ impl Snapshot {
 
     fn write_optimizer(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<()> {
         let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
-        for StateLabel { name, key, dtype, count } in whole.states {
-            // There is a largest magnitude for each block of values; states in blocks are whole on the first rank.
-            let is_flat = name.ends_with("_absmax");
-            let shape = if is_flat { vec![*count] } else { whole.shape(key).to_vec() };
+        for StateLabel { name, key, dtype } in whole.states {
+            let mut shape = whole.shape(key).to_vec();
+            if name.ends_with(ParameterState::OF_BLOCKS) {
+                shape = vec![shape.iter().product::<usize>().div_ceil(BLOCK)];
+            }
             files.entry(name).or_default().push(tensors::Named { key, shape, dtype: *dtype });
         }
         for (name, states) in &files {
@@ -358,10 +365,13 @@ impl Saved {
     /// Files that are missing or damaged.
     pub(crate) fn optimizer(&self, device: &Device, holdings: &Holdings) -> Result<OptimizerState> {
         let OptimizerFile { step } = json(&self.folder.join(OPTIMIZER))?;
-        let runs = |key: &str, elements| holdings.runs(key, elements);
         let mut found: BTreeMap<String, BTreeMap<&'static str, StateTensor>> = BTreeMap::new();
         for name in ParameterState::NAMES {
             let path = state_file(&self.folder, name);
+            let runs = |key: &str, count| match name.ends_with(ParameterState::OF_BLOCKS) {
+                true => holdings.block_runs(key, count),
+                false => holdings.runs(key, count),
+            };
             if path.is_file() {
                 for (key, values) in tensors::read(&path, device, &runs)? {
                     found.entry(key).or_default().insert(name, values);

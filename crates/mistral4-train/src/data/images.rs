@@ -110,7 +110,7 @@ fn columns(row: &Row) -> Result<Vec<Json>> {
 }
 
 /// An image as a text (a file's name, a data URL, base64) or as the `{bytes, path}` of the datasets library.
-fn image_part(row: &Row, at: &str, value: &Json) -> Result<Json> {
+pub(super) fn image_part(row: &Row, at: &str, value: &Json) -> Result<Json> {
     let text = |key| value.get(key).and_then(Json::as_str);
     let (key, source) = match value {
         Json::String(source) if is_name(source) => ("path", source.as_str()),
@@ -157,7 +157,7 @@ fn object<const N: usize>(entries: [(&str, &str); N]) -> Json {
     Json::Object(entries.into_iter().collect())
 }
 
-fn text_part(text: String) -> Json {
+pub(super) fn text_part(text: String) -> Json {
     object([("type", "text"), ("text", &text)])
 }
 

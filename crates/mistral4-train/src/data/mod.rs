@@ -6,6 +6,7 @@
 mod batch;
 mod chat;
 mod documents;
+mod image_questions;
 mod images;
 mod indexed;
 mod instruction;

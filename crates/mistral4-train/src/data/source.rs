@@ -12,7 +12,9 @@ use super::jsonl::JsonlFiles;
 use super::optdigits::{self, OptDigitsDataset};
 use super::parquet::ParquetFiles;
 use super::text::TextDataset;
-use super::{DataSource, Dataset, LoaderOptions, MockDataset, PretokenizedJsonl, paths, row};
+use super::{
+    DataSource, Dataset, LoaderOptions, MockDataset, PretokenizedJsonl, image_questions, paths, row,
+};
 use crate::error::{Error, Result};
 use crate::recipe::{DatasetConfig, DatasetSection, Recipe};
 
@@ -51,6 +53,7 @@ pub fn open(section: &DatasetSection, context: &DataContext) -> Result<DataSourc
             let form = Arc::new(ChatForm { config: config.clone(), processor: processor()? });
             return row::open(&config.paths, config.rows, form);
         }
+        DatasetConfig::ImageQuestions(config) => return image_questions::open(config, processor()?),
         DatasetConfig::Instruction(config) => {
             let form = Arc::new(InstructionForm { config: config.clone(), processor: processor()? });
             return row::open(&config.paths, config.rows, form);

@@ -2,17 +2,20 @@
 
 mod adam;
 mod muon;
+mod spread;
 mod state;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::bf16;
 use mistral4::model::Mistral4;
 use mistral4::ops;
+use mistral4::weights::is_adapter;
 use mistral4_kernels::AdamW;
 
 use crate::backward::Gradients;
 use crate::error::{Error, Result};
 use crate::recipe::{OptimizerConfig, OptimizerKind, StateDtype};
+pub use spread::Spread;
 pub use state::{Moments, OptimizerState, ParameterState, Quantized, StateTensor};
 
 /// The optimizer of a run.
@@ -20,6 +23,8 @@ pub use state::{Moments, OptimizerState, ParameterState, Quantized, StateTensor}
 pub struct Optimizer {
     config: OptimizerConfig,
     state: OptimizerState,
+    /// How parameters are spread over ranks; `None`: they are all here.
+    spread: Option<Spread>,
 }
 
 /// Factors of one step.
@@ -62,7 +67,7 @@ impl Group {
             Group::Embedding
         } else if key.ends_with("lm_head.weight") {
             Group::LmHead
-        } else if (shape.len() == 2 || is_stack) && !key.ends_with(".gate.weight") && !key.contains("lora_") {
+        } else if (shape.len() == 2 || is_stack) && !key.ends_with(".gate.weight") && !is_adapter(key) {
             Group::Matrix
         } else {
             Group::Vector
@@ -78,7 +83,12 @@ impl Optimizer {
 
     /// An optimizer that goes on from `state`.
     pub fn resume(config: OptimizerConfig, state: OptimizerState) -> Self {
-        Self { config, state }
+        Self { config, state, spread: None }
+    }
+
+    /// The same over parameters of which this rank keeps a part.
+    pub fn on_ranks(self, spread: Spread) -> Self {
+        Self { spread: Some(spread), ..self }
     }
 
     /// Refuses states that a device has no operations for.
@@ -121,7 +131,10 @@ impl Optimizer {
         })
     }
 
-    /// Moves one parameter in the step that was begun; `values` and `gradient` are flat, the gradient f32 or bf16.
+    /// Moves one parameter, or what this rank keeps of it, in the step that was begun; `values` and `gradient` are flat,
+    /// the gradient f32 or bf16.
+    ///
+    /// Under Muon, ranks that keep a matrix together all call this in the same order.
     pub fn update(
         &mut self,
         key: &str,
@@ -130,29 +143,30 @@ impl Optimizer {
         gradient: Tensor<1>,
         factors: StepFactors,
     ) -> Tensor<1> {
-        let group = Group::of(key, shape);
+        let whole = self.spread.as_ref().map_or(shape, |spread| spread.whole_shape(key)).to_vec();
+        let group = Group::of(key, &whole);
         if let (Some(muon), Group::Matrix) = (&self.config.muon, group) {
             let state = self.state.parameters.remove(key);
-            let (state, values) = muon::step(
-                muon,
-                state,
-                values,
-                muon::Matrices::new(key, shape, gradient.cast(DType::F32)),
-                factors,
-            );
+            let matrices = match &self.spread {
+                Some(spread) => spread.matrices(key),
+                None => muon::Matrices::whole(key, shape),
+            };
+            let (state, values) =
+                muon::step(muon, state, values, gradient.cast(DType::F32), &matrices, factors);
             self.state.parameters.insert(key.to_owned(), state);
             return values;
         }
-        let hyper = self.hyper(group, shape, factors);
+        let hyper = self.hyper(group, &whole, factors);
+        let elements = whole.iter().product();
         if !ops::is_fused(&values.device()) {
-            let state = self.take(key, &values);
+            let state = self.take(key, elements, &values);
             let (state, values) =
                 adam::composite(&hyper, self.state.step, state, values, gradient.cast(DType::F32));
             self.state.parameters.insert(key.to_owned(), state);
             return values;
         }
         let (device, dtype) = (values.device(), values.dtype());
-        let state = self.take(key, &values);
+        let state = self.take(key, elements, &values);
         let gradient = gradient.into_data();
         let mut data: TensorData = values.into_data();
         let in_place = match dtype {
@@ -189,7 +203,7 @@ impl Optimizer {
         let hyper = self.hyper(Group::of(key, shape), shape, factors);
         let state = match self.state.parameters.remove(key) {
             Some(state) => state,
-            None => ParameterState::of_slice(&self.config, &values),
+            None => ParameterState::of_slice(&self.config, shape.iter().product(), &values),
         };
         let state = adam::fused(&hyper, self.state.step, state, values, gradient);
         self.state.parameters.insert(key.to_owned(), state);
@@ -200,8 +214,10 @@ impl Optimizer {
         self.config.muon.is_some() && Group::of(key, shape) == Group::Matrix
     }
 
-    fn take(&mut self, key: &str, values: &Tensor<1>) -> ParameterState {
-        self.state.parameters.remove(key).unwrap_or_else(|| ParameterState::of_tensor(&self.config, values))
+    /// What is remembered of a parameter that has `elements` values over all ranks.
+    fn take(&mut self, key: &str, elements: usize, values: &Tensor<1>) -> ParameterState {
+        let state = self.state.parameters.remove(key);
+        state.unwrap_or_else(|| ParameterState::of_tensor(&self.config, elements, values))
     }
 
     fn hyper(&self, group: Group, shape: &[usize], factors: StepFactors) -> AdamW {

@@ -124,20 +124,23 @@ impl StateTensor {
 }
 
 impl ParameterState {
+    /// Ends the names of those of these tensors that have a value for each block of 256 of the parameter's.
+    pub const OF_BLOCKS: &'static str = "_absmax";
+
     /// Names of the tensors that a state may have, as files of a checkpoint and fields of torch's optimizers are
     /// called.
     pub const NAMES: [&'static str; 6] =
         ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_buffer", "master"];
 
-    /// A state without history for a parameter.
-    pub(super) fn of_tensor(config: &OptimizerConfig, values: &Tensor<1>) -> Self {
+    /// A state without history for some or all values of a parameter of `elements` values.
+    pub(super) fn of_tensor(config: &OptimizerConfig, elements: usize, values: &Tensor<1>) -> Self {
         let device = values.device();
         let master = (values.dtype() != DType::F32).then(|| values.clone().cast(DType::F32));
-        Self { moments: Moments::zeros(config, values.dims()[0], &device), master }
+        Self { moments: Moments::zeros(config, elements, values.dims()[0], &device), master }
     }
 
-    /// A state without history for a slice of a parameter on the CPU.
-    pub(super) fn of_slice(config: &OptimizerConfig, values: &Values<'_>) -> Self {
+    /// As [`ParameterState::of_tensor`], for values on the CPU.
+    pub(super) fn of_slice(config: &OptimizerConfig, elements: usize, values: &Values<'_>) -> Self {
         let device = Device::default();
         let (count, master) = match values {
             Values::F32(values) => (values.len(), None),
@@ -147,7 +150,7 @@ impl ParameterState {
                 (values.len(), Some(Tensor::from_data(data, (&device, DType::F32))))
             }
         };
-        Self { moments: Moments::zeros(config, count, &device), master }
+        Self { moments: Moments::zeros(config, elements, count, &device), master }
     }
 
     /// Every tensor by its name.
@@ -195,11 +198,11 @@ impl ParameterState {
 
     /// The number of values of the parameter, as each of its states says.
     pub fn lengths(&self) -> impl Iterator<Item = usize> {
-        let whole = self.tensors().into_iter().filter(|(name, _)| !name.ends_with("absmax"));
+        let whole = self.tensors().into_iter().filter(|(name, _)| !name.ends_with(Self::OF_BLOCKS));
         whole.map(|(_, tensor)| tensor.len())
     }
 
-    /// What [`ParameterState::kind`] says of a state that this configuration makes.
+    /// What [`ParameterState::kind`] says of a state that this configuration makes for a parameter of this whole shape.
     pub fn expected_kind(config: &OptimizerConfig, key: &str, shape: &[usize]) -> &'static str {
         let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
         match config.state_dtype {
@@ -223,9 +226,10 @@ impl ParameterState {
 }
 
 impl Moments {
-    fn zeros(config: &OptimizerConfig, count: usize, device: &Device) -> Self {
+    /// Those of `count` values of a parameter of `elements` values.
+    fn zeros(config: &OptimizerConfig, elements: usize, count: usize, device: &Device) -> Self {
         let dtype = match config.state_dtype {
-            StateDtype::Int8 if count >= config.min_8bit_size => {
+            StateDtype::Int8 if elements >= config.min_8bit_size => {
                 let (exp_avg, exp_avg_sq) = (
                     Quantized::zeros(DynamicMap::Signed, count, device),
                     Quantized::zeros(DynamicMap::Unsigned, count, device),

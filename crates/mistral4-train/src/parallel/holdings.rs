@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mistral4::model::Mistral4;
-use mistral4::weights::{ParameterSource, Part, Partition, PartitionSource, SourceAdapter, is_adapter};
-use mistral4_checkpoint::weights::{DType, HostTensor, QuantizedMatrix};
+use mistral4::weights::{ParameterSource, Part, Partition, PartitionSource, SourceAdapter};
+use mistral4_checkpoint::weights::{DType, HostData, HostTensor, QuantizedMatrix};
+use mistral4_kernels::StackDims;
 
 use super::groups::is_expert;
 use super::mesh::{MeshShape, Place};
-use super::sharding::{is_kept_whole, part_of};
+use super::sharding::{BLOCK, is_kept_whole, part_of};
 
 /// How the parameters of a model are divided over a mesh, as far as it can be said without the model.
 #[derive(Debug, Clone)]
@@ -75,6 +75,20 @@ impl Held {
     }
 }
 
+impl Held {
+    /// Where the blocks of [`BLOCK`] values that the rank keeps lie among those of the whole parameter; `None`: it keeps
+    /// parts of blocks.
+    pub fn blocks(&self) -> Option<Vec<Range<usize>>> {
+        let end = self.part.full_elements();
+        let blocks = |run: Range<usize>| {
+            let is_aligned =
+                run.start.is_multiple_of(BLOCK) && (run.end.is_multiple_of(BLOCK) || run.end == end);
+            is_aligned.then(|| run.start / BLOCK..run.end.div_ceil(BLOCK))
+        };
+        self.runs().into_iter().map(blocks).collect()
+    }
+}
+
 /// Which values of each parameter every rank keeps.
 #[derive(Debug, Clone)]
 pub struct Holdings {
@@ -82,6 +96,8 @@ pub struct Holdings {
     rank: usize,
     /// Whole shapes of all parameters of the model, by key.
     shapes: Arc<HashMap<String, Vec<usize>>>,
+    /// Sizes, before sharding, of the quantised weights that are sharded, by key.
+    quantized: HashMap<String, StackDims>,
 }
 
 impl Holdings {
@@ -96,6 +112,12 @@ impl Holdings {
     /// What a rank keeps of a parameter; `None`: it belongs to other stages.
     pub fn held(&self, key: &str, rank: usize) -> Option<Held> {
         self.division.held(key, self.shape(key), rank)
+    }
+
+    /// The values of this rank's part of a parameter that the rank `rank` of those that keep it together has.
+    pub(crate) fn shard(&self, key: &str, rank: usize) -> Range<usize> {
+        let (ranks, _) = self.division.sharers(key, self.division.mesh.place(self.rank));
+        self.mine(key).map_or(0..0, |held| part_of(held.part.elements(), rank, ranks))
     }
 
     /// What this rank keeps of a parameter.
@@ -114,10 +136,31 @@ impl Holdings {
         }
     }
 
+    /// As [`Holdings::runs`], of a stored tensor with a value for each of `blocks` blocks of a parameter.
+    pub fn block_runs(&self, key: &str, blocks: usize) -> Option<Vec<Range<usize>>> {
+        match self.shapes.get(key) {
+            Some(shape) if shape.iter().product::<usize>().div_ceil(BLOCK) == blocks => {
+                self.mine(key)?.blocks()
+            }
+            _ => Some(std::iter::once(0..blocks).collect()),
+        }
+    }
+
+    /// Whether every rank keeps whole blocks of a parameter.
+    pub fn keeps_blocks(&self, key: &str) -> bool {
+        let mut ranks = 0..self.division.mesh.ranks();
+        ranks.all(|rank| self.held(key, rank).is_none_or(|held| held.blocks().is_some()))
+    }
+
     /// Local shapes, before sharding, of the parameters that are sharded, by key.
     pub(crate) fn sharded_shapes(&self) -> HashMap<String, Vec<usize>> {
         let keys = self.shapes.keys().filter(|key| self.division.is_sharded && !is_kept_whole(key));
         keys.filter_map(|key| Some((key.clone(), self.mine(key)?.part.shape()))).collect()
+    }
+
+    /// Sizes, before sharding, of the quantised weights that are sharded, by key.
+    pub(crate) fn sharded_quantized(&self) -> &HashMap<String, StackDims> {
+        &self.quantized
     }
 
     /// Whether tensor parallelism divides a parameter.
@@ -174,21 +217,22 @@ pub(crate) struct HeldSource<'a> {
     division: Division,
     rank: usize,
     shapes: Mutex<HashMap<String, Vec<usize>>>,
+    quantized: Mutex<HashMap<String, StackDims>>,
 }
 
 impl<'a> HeldSource<'a> {
     /// What the rank `rank` keeps of the parameters of `source`.
     pub(crate) fn new(source: &'a dyn ParameterSource, division: &'a Division, rank: usize) -> Self {
         let source = PartitionSource { source, partition: &division.partitions[rank] };
-        Self { source, division: division.clone(), rank, shapes: Mutex::default() }
+        let (shapes, quantized) = Default::default();
+        Self { source, division: division.clone(), rank, shapes, quantized }
     }
 
-    /// What every rank keeps of the parameters that were asked for, and of the adapters of the model made of them.
-    pub(crate) fn into_holdings(self, model: &Mistral4) -> Holdings {
-        let mut shapes = self.shapes.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let adapters = model.parameters().into_iter().filter(|parameter| is_adapter(&parameter.key));
-        shapes.extend(adapters.map(|parameter| (parameter.key, parameter.shape)));
-        Holdings { division: self.division, rank: self.rank, shapes: Arc::new(shapes) }
+    /// What every rank keeps of the parameters and adapters that were asked for.
+    pub(crate) fn into_holdings(self) -> Holdings {
+        let shapes = self.shapes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let quantized = self.quantized.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Holdings { division: self.division, rank: self.rank, shapes: Arc::new(shapes), quantized }
     }
 }
 
@@ -198,28 +242,79 @@ impl ParameterSource for HeldSource<'_> {
     }
 
     fn adapter(&self, module: &str, shape: &[usize]) -> mistral4::Result<Option<SourceAdapter>> {
-        self.source.source.adapter(module, shape)
+        if let Some(whole) = self.source.source.adapter(module, shape)? {
+            self.shapes.lock().unwrap_or_else(PoisonError::into_inner).extend(whole.shapes(module));
+        }
+        self.source.adapter(module, shape)
     }
 
-    /// What is divided is dense.
+    /// Of the experts some, and of what is sharded some panels of 16 rows. What tensor parallelism divides is dense.
     fn quantized(&self, key: &str, shape: &[usize]) -> mistral4::Result<Option<QuantizedMatrix>> {
-        let held = self.division.held(key, shape, self.rank).filter(|_| !self.division.is_sharded);
-        match held.filter(|held| held.part.is_whole()) {
-            Some(_) => self.source.source.quantized(key, shape),
-            None => Ok(None),
+        let part = self.division.partitions[self.rank].part(key, shape);
+        let Some(first) = part.filter(|part| stays_quantized(part, shape)).and_then(|p| p.of_first_axis())
+        else {
+            return Ok(None);
+        };
+        let Some(mut weight) = self.source.source.quantized(key, shape)? else { return Ok(None) };
+        if first != (0..shape[0]) {
+            let each = weight.dims().matrices / shape[0];
+            weight = weight.matrices(first.start * each..first.end * each);
         }
+        if self.division.is_sharded {
+            self.quantized
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(key.to_owned(), weight.dims());
+            let (ranks, rank) = self.division.sharers(key, self.division.mesh.place(self.rank));
+            let panels = weight.all_panels();
+            weight = weight.panels_as_matrix(panels * rank / ranks..panels * (rank + 1) / ranks);
+        }
+        Ok(Some(weight))
     }
 
     fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
         self.shapes.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), shape.to_vec());
-        let held = self.division.held(key, shape, self.rank);
-        match held.filter(|_| self.division.is_sharded && !is_kept_whole(key)) {
-            None => self.source.tensor(key, shape, f32),
-            Some(Held { range, .. }) => {
-                let row = [vec![1; shape.len() - 1], vec![range.len()]].concat();
-                let HostTensor { data, .. } = self.source.part(key, shape, f32, range)?;
-                Ok(HostTensor { shape: row, data })
-            }
+        let Some(held) = self.division.held(key, shape, self.rank) else {
+            return self.source.tensor(key, shape, f32);
+        };
+        let is_sharded = self.division.is_sharded && !is_kept_whole(key);
+        let shape_here = match is_sharded {
+            true => [vec![1; shape.len() - 1], vec![held.range.len()]].concat(),
+            false => held.part.shape(),
+        };
+        if let Some(weight) = self.source.source.quantized(key, shape)? {
+            let data = dense(&weight, self.dtype(), &held.runs());
+            return Ok(HostTensor { shape: shape_here, data });
         }
+        if !is_sharded {
+            return self.source.tensor(key, shape, f32);
+        }
+        let HostTensor { data, .. } = self.source.part(key, shape, f32, held.range)?;
+        Ok(HostTensor { shape: shape_here, data })
+    }
+}
+
+/// Whether a rank keeps its part of a quantised weight quantised: all of it, or some of the experts.
+pub(crate) fn stays_quantized(part: &Part, shape: &[usize]) -> bool {
+    part.is_whole() || (shape.len() == 3 && part.of_first_axis().is_some())
+}
+
+/// Some values of a quantised weight.
+fn dense(weight: &QuantizedMatrix, dtype: DType, runs: &[Range<usize>]) -> HostData {
+    fn values<T: mistral4_kernels::Element>(
+        weight: &QuantizedMatrix,
+        zero: T,
+        runs: &[Range<usize>],
+    ) -> Vec<T> {
+        let StackDims { matrices, rows, columns } = weight.dims();
+        let mut whole = vec![zero; matrices * rows * columns];
+        for (matrix, values) in whole.chunks_exact_mut((rows * columns).max(1)).enumerate() {
+            weight.dequantize(matrix, values);
+        }
+        runs.iter().flat_map(|run| whole[run.clone()].iter().copied()).collect()
+    }
+    match dtype {
+        DType::BF16 => HostData::BF16(values(weight, half::bf16::ZERO, runs)),
+        _ => HostData::F32(values(weight, 0.0, runs)),
     }
 }

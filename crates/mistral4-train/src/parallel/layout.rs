@@ -27,6 +27,8 @@ pub struct ModelLayout {
     pub shards: KeyGroups,
     /// Ranks that keep the same values of a parameter, computed from different data.
     pub replicas: KeyGroups,
+    /// Ranks with the same part of the model and different data, each of which keeps all of that part's adapters.
+    pub data: KeyGroups,
 }
 
 impl ModelLayout {
@@ -59,11 +61,12 @@ impl ModelLayout {
         // A mesh without expert parallelism keeps experts as everything else.
         let for_experts = |color: usize| (shape.ep > 1).then(|| world.split(color * shape.ep + share, rank));
         let shards = KeyGroups { others: mesh.shard.clone(), experts: for_experts(replica) };
+        let data = KeyGroups { others: mesh.data.clone(), experts: for_experts(beside) };
         let replicas = match mesh.is_sharded() {
             true => KeyGroups { others: mesh.replicate.clone(), experts: None },
-            false => KeyGroups { others: mesh.data.clone(), experts: for_experts(beside) },
+            false => data.clone(),
         };
-        Ok(Self { division, groups: ModelGroups { tensor, expert }, pipeline, shards, replicas })
+        Ok(Self { division, groups: ModelGroups { tensor, expert }, pipeline, shards, replicas, data })
     }
 }
 

@@ -90,6 +90,14 @@ impl MeshShape {
         Ok(Self { pp, dp_replicate: replicate, dp_shard: shard, cp, tp, ep })
     }
 
+    /// The fewest ranks that a recipe's mesh can be laid out on.
+    pub fn fewest_ranks(config: &DistributedConfig) -> usize {
+        let DistributedConfig { tp_size: tp, cp_size: cp, pp_size: pp, ep_size: ep, .. } = *config;
+        // Experts are spread over the ranks of `dp_shard * cp`.
+        let shard = (1..=ep).find(|shard| (shard * cp).is_multiple_of(ep)).unwrap_or(ep);
+        config.dp_size.unwrap_or(config.dp_replicate_size * shard) * tp * cp * pp
+    }
+
     /// Ranks.
     pub fn ranks(&self) -> usize {
         self.pp * self.dp() * self.cp * self.tp
@@ -222,6 +230,20 @@ mod tests {
         assert_eq!(places[1], Place { tp: 1, ..places[0] });
         assert_eq!(places[2], Place { dp_shard: 1, ..places[0] });
         assert_eq!(places[12], Place { pp: 1, ..places[0] });
+    }
+
+    #[test]
+    fn the_fewest_ranks_fit() {
+        for (config, ranks) in [
+            (config(), 1),
+            (DistributedConfig { pp_size: 4, ep_size: 8, ..config() }, 32),
+            (DistributedConfig { ep_size: 16, dp_replicate_size: 2, ..config() }, 32),
+            (DistributedConfig { ep_size: 4, cp_size: 2, tp_size: 3, ..config() }, 12),
+            (DistributedConfig { dp_size: Some(6), tp_size: 2, ..config() }, 12),
+        ] {
+            assert_eq!(MeshShape::fewest_ranks(&config), ranks);
+            assert_eq!(MeshShape::new(&config, ranks).unwrap().ranks(), ranks);
+        }
     }
 
     #[test]

@@ -12,16 +12,18 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::bf16;
 use mistral4::model::Mistral4;
+use mistral4::model::NamedQuantized;
 use mistral4::model::decoder_layer::DecoderLayer;
 use mistral4::model::linear::Linear;
 use mistral4::model::norm::RmsNorm;
-use mistral4::weights::{is_adapter, reshape_parameters};
+use mistral4::weights::{NamedValues, is_adapter, reshape_parameters};
+use mistral4_kernels::{QuantizedMatrix, StackDims};
 
-use super::{Communicator, KeyGroups, Lane, Pending};
+use super::{Communicator, Holdings, KeyGroups, Lane, Pending};
 use crate::backward::{Gradients, ParameterStore, Unit};
 
-/// Values that stay together on a rank.
-const BLOCK: usize = 256;
+/// Values that stay together on a rank: those of a block of 8-bit states.
+pub(crate) const BLOCK: usize = mistral4_kernels::BLOCK_8BIT;
 /// Sums of gradients that may be under way at once; each holds a layer's gradients.
 const SUMS_UNDER_WAY: usize = 2;
 /// The router's bias is read whole, is small, and is moved by every rank alike.
@@ -46,13 +48,16 @@ pub struct Sharding {
     lane: Lane,
     /// Shapes, before sharding, of the parameters that are sharded, by key.
     shapes: Arc<HashMap<String, Vec<usize>>>,
+    /// This rank's panels of each unit's quantised weights.
+    quantized: HashMap<Unit, Vec<QuantizedPart>>,
     /// Units with trained parameters, and the keys of those that are spread.
     trained: HashMap<Unit, Arc<Vec<String>>>,
 }
 
 impl Sharding {
-    /// For a model of which each rank keeps its shard of its part, with the part's shapes; collective.
-    pub(crate) fn new(model: &Mistral4, shapes: HashMap<String, Vec<usize>>, groups: &KeyGroups) -> Self {
+    /// For a model of which each rank keeps its shard of its part, as `holdings` say; collective.
+    pub(crate) fn new(model: &Mistral4, holdings: &Holdings, groups: &KeyGroups) -> Self {
+        let shapes = holdings.sharded_shapes();
         let mut trained: HashMap<Unit, Vec<String>> = HashMap::new();
         let prefix = model.text_prefix();
         for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
@@ -64,7 +69,8 @@ impl Sharding {
         }
         let trained = trained.into_iter().map(|(unit, keys)| (unit, Arc::new(keys))).collect();
         let groups = groups.duplicate();
-        Self { lane: Lane::new(&groups.others), groups, shapes: Arc::new(shapes), trained }
+        let quantized = quantized_parts(model, holdings.sharded_quantized());
+        Self { lane: Lane::new(&groups.others), groups, shapes: Arc::new(shapes), quantized, trained }
     }
 
     /// Shapes by key, to use on another thread.
@@ -80,6 +86,50 @@ struct Gathered {
     values: TensorData,
 }
 
+/// This rank's panels of a quantised weight.
+#[derive(Clone)]
+struct QuantizedPart {
+    key: String,
+    panels: Arc<QuantizedMatrix>,
+    /// Sizes of the whole.
+    dims: StackDims,
+}
+
+/// Quantised weights that were gathered, by key.
+type GatheredQuantized = HashMap<String, Arc<QuantizedMatrix>>;
+
+/// Parameters and quantised weights of a unit.
+type GatheredUnit = (Vec<Gathered>, GatheredQuantized);
+
+/// This rank's panels of a model's quantised weights, of which `dims` tells the whole sizes.
+fn quantized_parts(model: &Mistral4, dims: &HashMap<String, StackDims>) -> HashMap<Unit, Vec<QuantizedPart>> {
+    let mut parts: HashMap<Unit, Vec<QuantizedPart>> = HashMap::new();
+    let (prefix, mut text) = (model.text_prefix(), model.text().clone());
+    let mut take = |unit, module: String, weights: Vec<NamedQuantized<'_>>| {
+        for (name, weight) in weights {
+            let key = format!("{prefix}{module}.{name}");
+            if let Some(&dims) = dims.get(&key) {
+                let panels = Arc::clone(&weight.weight);
+                parts.entry(unit).or_default().push(QuantizedPart { key, panels, dims });
+            }
+        }
+    };
+    for (index, layer) in text.model.layers.iter_mut().enumerate() {
+        take(Unit::Layer(index), format!("model.layers.{index}"), layer.quantized_mut());
+    }
+    take(Unit::Head, "lm_head".to_owned(), text.lm_head.quantized_mut());
+    parts
+}
+
+/// Puts gathered weights in the place of a module's panels.
+fn put_quantized(prefix: &str, weights: Vec<NamedQuantized<'_>>, gathered: &mut GatheredQuantized) {
+    for (name, weight) in weights {
+        if let Some(whole) = gathered.remove(&format!("{prefix}{name}")) {
+            weight.weight = whole;
+        }
+    }
+}
+
 /// This rank's parts of gradients that were summed, by key.
 type Summed = Vec<(String, Vec<f32>)>;
 
@@ -90,7 +140,7 @@ pub struct ShardedStore<'a> {
     device: Device,
     /// This rank's parts of each unit's parameters.
     parts: HashMap<Unit, Vec<(String, Tensor<1>)>>,
-    ahead: Option<(Unit, Pending<Vec<Gathered>>)>,
+    ahead: Option<(Unit, Pending<GatheredUnit>)>,
     gradients: &'a mut ShardedGradients,
     sums: VecDeque<Pending<Summed>>,
     sums_now: bool,
@@ -139,17 +189,29 @@ impl<'a> ShardedStore<'a> {
         }
     }
 
-    fn start_gather(&self, unit: Unit) -> Pending<Vec<Gathered>> {
+    fn start_gather(&self, unit: Unit) -> Pending<GatheredUnit> {
         let parts = self.parts.get(&unit).cloned().unwrap_or_default();
+        let quantized = self.sharding.quantized.get(&unit).cloned().unwrap_or_default();
         let (shapes, groups) = (self.sharding.shapes(), self.sharding.groups.clone());
         self.sharding.lane.start(move |_| {
             let divided = groups.divide(parts, |(key, _)| key);
-            divided.into_iter().flat_map(|(group, parts)| gather(group, parts, &shapes)).collect()
+            let dense =
+                divided.into_iter().flat_map(|(group, parts)| gather(group, parts, &shapes)).collect();
+            let join = |QuantizedPart { key, panels, dims }: QuantizedPart| {
+                let all = groups.of(&key).all_gather_varied(&panels.to_bytes());
+                let whole = panels.joined(dims, all.iter().map(Vec::as_slice));
+                (key, Arc::new(whole))
+            };
+            (dense, quantized.into_iter().map(join).collect())
         })
     }
 
-    /// The whole parameters of a unit, by key.
-    fn gathered(&mut self, unit: Unit, next: Option<Unit>) -> HashMap<String, (Vec<usize>, Tensor<1>)> {
+    /// The whole parameters and quantised weights of a unit, by key.
+    fn gathered(
+        &mut self,
+        unit: Unit,
+        next: Option<Unit>,
+    ) -> (HashMap<String, NamedValues>, GatheredQuantized) {
         let pending = match self.ahead.take() {
             Some((ahead, pending)) if ahead == unit => pending,
             other => {
@@ -157,13 +219,13 @@ impl<'a> ShardedStore<'a> {
                 self.start_gather(unit)
             }
         };
-        let gathered = pending.wait();
+        let (gathered, quantized) = pending.wait();
         self.ahead = next.map(|next| (next, self.start_gather(next)));
         let to_device = |Gathered { key, shape, values }| {
             let dtype = values.dtype();
             (key, (shape, Tensor::from_data(values, (&self.device, dtype))))
         };
-        gathered.into_iter().map(to_device).collect()
+        (gathered.into_iter().map(to_device).collect(), quantized)
     }
 
     fn keep_oldest_sum(&mut self) {
@@ -185,25 +247,28 @@ impl<'a> ShardedStore<'a> {
 
 impl ParameterStore for ShardedStore<'_> {
     fn front(&mut self, next: Option<Unit>) -> Mistral4 {
-        let mut gathered = self.gathered(Unit::Front, next);
+        let (mut gathered, _) = self.gathered(Unit::Front, next);
         self.model.clone().reshape_parameters(|key, part| gathered.remove(key).unwrap_or(part))
     }
 
     fn layer(&mut self, index: usize, next: Option<Unit>) -> DecoderLayer {
-        let mut gathered = self.gathered(Unit::Layer(index), next);
+        let (mut gathered, mut quantized) = self.gathered(Unit::Layer(index), next);
         let prefix = format!("{}model.layers.{index}.", self.model.text_prefix());
-        let layer = self.model.text().model.layers[index].clone();
+        let mut layer = self.model.text().model.layers[index].clone();
+        put_quantized(&prefix, layer.quantized_mut(), &mut quantized);
         reshape_parameters(layer, |key, part| gathered.remove(&format!("{prefix}{key}")).unwrap_or(part))
     }
 
     fn head(&mut self, next: Option<Unit>) -> (RmsNorm, Linear) {
-        let mut gathered = self.gathered(Unit::Head, next);
+        let (mut gathered, mut quantized) = self.gathered(Unit::Head, next);
         let prefix = self.model.text_prefix();
         let text = self.model.text();
         let norm = reshape_parameters(text.model.norm.clone(), |key, part| {
             gathered.remove(&format!("{prefix}model.norm.{key}")).unwrap_or(part)
         });
-        let lm_head = reshape_parameters(text.lm_head.clone(), |key, part| {
+        let mut lm_head = text.lm_head.clone();
+        put_quantized(&format!("{prefix}lm_head."), lm_head.quantized_mut(), &mut quantized);
+        let lm_head = reshape_parameters(lm_head, |key, part| {
             gathered.remove(&format!("{prefix}lm_head.{key}")).unwrap_or(part)
         });
         (norm, lm_head)

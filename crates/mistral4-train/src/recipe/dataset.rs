@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::image_questions::{self, ImageQuestionsConfig};
 use super::reader::Section;
 use super::report::Effect;
 use crate::error::Result;
@@ -28,6 +29,8 @@ pub enum DatasetConfig {
     },
     /// Rows of `messages` or ShareGPT `conversations`, with or without images.
     Chat(ChatDatasetConfig),
+    /// Rows of an image, a question and its answer.
+    ImageQuestions(ImageQuestionsConfig),
     /// Rows of a context, a question and an answer in named columns.
     Instruction(InstructionDatasetConfig),
     /// Plain text, cut into pieces of one length.
@@ -161,6 +164,7 @@ pub enum DigitsTask {
 enum Target {
     Pretokenized,
     Chat,
+    ImageQuestions,
     Instruction,
     Text,
     OptDigits,
@@ -181,8 +185,8 @@ const TARGETS: [(&str, Target); 28] = [
     ("optdigits", Target::OptDigits),
     ("nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", Target::Mock),
     ("MockIterableDataset", Target::Mock),
-    ("nemo_automodel.components.datasets.vlm.datasets.make_medpix_dataset", Target::Hub("medpix")),
-    ("make_medpix_dataset", Target::Hub("medpix")),
+    ("nemo_automodel.components.datasets.vlm.datasets.make_medpix_dataset", Target::ImageQuestions),
+    ("make_medpix_dataset", Target::ImageQuestions),
     ("nemo_automodel.components.datasets.vlm.datasets.make_rdr_dataset", Target::Hub("rdr")),
     ("make_rdr_dataset", Target::Hub("rdr")),
     ("nemo_automodel.components.datasets.vlm.datasets.make_cord_v2_dataset", Target::Hub("cord-v2")),
@@ -226,6 +230,7 @@ impl DatasetSection {
                     .unwrap_or(false),
             },
             Target::Chat => DatasetConfig::Chat(read_chat(&mut s)?),
+            Target::ImageQuestions => DatasetConfig::ImageQuestions(image_questions::read(&mut s)?),
             Target::Instruction => DatasetConfig::Instruction(read_instruction(&mut s)?),
             Target::Text => DatasetConfig::Text(TextDatasetConfig {
                 paths: paths(&mut s, "path_or_dataset")?,
@@ -295,8 +300,22 @@ fn paths(s: &mut Section<'_>, key: &'static str) -> Result<Vec<PathBuf>> {
     }
 }
 
+impl DatasetConfig {
+    /// Its files, folders and patterns; made-up and bundled data have none.
+    pub fn paths(&self) -> &[PathBuf] {
+        match self {
+            Self::PretokenizedJsonl { paths, .. } => paths,
+            Self::Chat(config) => &config.paths,
+            Self::ImageQuestions(config) => &config.paths,
+            Self::Instruction(config) => &config.paths,
+            Self::Text(config) => &config.paths,
+            Self::OptDigits { .. } | Self::Mock { .. } | Self::Hub(_) => &[],
+        }
+    }
+}
+
 /// `path_or_dataset`, or the longer name that NeMo AutoModel has for some data sets.
-fn row_paths(s: &mut Section<'_>) -> Result<Vec<PathBuf>> {
+pub(super) fn row_paths(s: &mut Section<'_>) -> Result<Vec<PathBuf>> {
     let what = "the data files";
     let short = s.texts("path_or_dataset", what)?;
     let long = s.texts("path_or_dataset_id", what)?;
@@ -393,7 +412,7 @@ fn read_chat(s: &mut Section<'_>) -> Result<ChatDatasetConfig> {
 }
 
 /// `train[a:b]` as row bounds; a bare name is all rows.
-fn slice(split: &str) -> Option<(Option<usize>, Option<usize>)> {
+pub(super) fn slice(split: &str) -> Option<(Option<usize>, Option<usize>)> {
     let bound = |text: &str| match text {
         "" => Some(None),
         text => text.parse().ok().map(Some),

@@ -9,7 +9,9 @@
 mod checkpoint;
 mod dataset;
 mod environment;
+mod image_questions;
 mod kind;
+mod missing;
 mod model;
 mod optimizer;
 mod overrides;
@@ -31,6 +33,7 @@ pub use dataset::{
     ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, DigitsTask, InstructionDatasetConfig,
     OnError, PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
 };
+pub use image_questions::ImageQuestionsConfig;
 pub use model::{
     DistributedConfig, FreezeConfig, ModelConfig, ModelSource, PipelineConfig, SoftmaxScaleOverride,
     Strategy, TorchDtype,
@@ -164,7 +167,7 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Refuses settings that this build cannot honour.
+    /// Refuses settings that this build cannot honour, on whatever machine.
     ///
     /// # Errors
     /// [`Error::NotRunnable`] with every such setting and its reason.
@@ -342,7 +345,7 @@ fn read(mut root: Section<'_>) -> Result<Recipe> {
     }
     let validation_dataloader = DataloaderConfig::read(&mut root, "validation_dataloader", false)?;
     let checkpoint = CheckpointConfig::read(&mut root)?;
-    let distributed = DistributedConfig::read(&mut root, peft.is_some())?;
+    let distributed = DistributedConfig::read(&mut root)?;
     let early_stopping = EarlyStoppingConfig::read(&mut root)?;
     let tensorboard = TensorBoardConfig::read(&mut root)?;
     let peak_tflops = watching::read_mfu(&mut root)?;

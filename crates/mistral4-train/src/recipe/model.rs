@@ -304,8 +304,8 @@ impl Default for DistributedConfig {
 }
 
 impl DistributedConfig {
-    /// `adapts` says that adapters are trained in place of the weights.
-    pub(crate) fn read(root: &mut Section<'_>, adapts: bool) -> Result<Self> {
+    /// Reads the section.
+    pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
         use Strategy::{FullyShard, Replicate};
         const STRATEGIES: [(&str, Strategy); 4] =
             [("fsdp2", FullyShard), ("megatron_fsdp", FullyShard), ("ddp", Replicate), ("none", Replicate)];
@@ -326,14 +326,6 @@ impl DistributedConfig {
         };
         if config.cp_size > 1 {
             s.mark("cp_size", Effect::Unsupported("context parallelism is not supported".to_owned()));
-        }
-        for (key, size) in
-            [("tp_size", config.tp_size), ("pp_size", config.pp_size), ("ep_size", config.ep_size)]
-        {
-            if adapts && size > 1 {
-                let reason = "adapters (`peft`) train data-parallel, replicated or sharded, alone";
-                s.mark(key, Effect::Unsupported(reason.to_owned()));
-            }
         }
         config.defer_fsdp_grad_sync = s
             .bool("defer_fsdp_grad_sync", "gradients are summed over ranks after the last micro-batch only")?

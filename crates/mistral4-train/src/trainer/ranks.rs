@@ -19,6 +19,8 @@ pub(super) struct StepCounts {
     pub(super) tokens: usize,
     /// Forward and backward passes.
     pub(super) micro_batches: usize,
+    /// Passes of the ranks before this one.
+    pub(super) micro_batches_before: usize,
 }
 
 impl StepCounts {
@@ -28,15 +30,22 @@ impl StepCounts {
             label_tokens: batches.iter().map(|batch| batch.num_label_tokens).sum(),
             tokens: batches.iter().map(|batch| batch.num_tokens).sum(),
             micro_batches: batches.iter().filter(|batch| !batch.is_filler()).count(),
+            micro_batches_before: 0,
         }
     }
 
     /// Sums over the ranks with data of their own.
     pub(super) fn together(self, mesh: &Mesh) -> Self {
-        let mut sums = [self.label_tokens, self.tokens, self.micro_batches].map(|count| count as u64);
-        mesh.data.all_reduce_sum(&mut sums);
-        let [label_tokens, tokens, micro_batches] = sums.map(|count| count as usize);
-        Self { label_tokens, tokens, micro_batches }
+        let mine = [self.label_tokens, self.tokens, self.micro_batches].map(|count| count as u64);
+        let all = mesh.data.all_gather(&mine);
+        let ranks = all.as_chunks::<3>().0;
+        let sum = |index: usize, ranks: &[[u64; 3]]| ranks.iter().map(|rank| rank[index] as usize).sum();
+        Self {
+            label_tokens: sum(0, ranks),
+            tokens: sum(1, ranks),
+            micro_batches: sum(2, ranks),
+            micro_batches_before: sum(2, &ranks[..mesh.data.rank()]),
+        }
     }
 }
 

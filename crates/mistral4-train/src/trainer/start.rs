@@ -18,7 +18,8 @@ use crate::early_stop::{EarlyStop, EarlyStopState};
 use crate::error::{Error, Result};
 use crate::guard::{Guard, GuardState};
 use crate::metrics::{self, MetricsFile, RunState, RunStatus};
-use crate::optim::{Optimizer, OptimizerState, ParameterState};
+use crate::optim::{Optimizer, OptimizerState, ParameterState, Spread};
+use crate::parallel::sharding::BLOCK;
 use crate::parallel::{Mesh, Sharding};
 use crate::recipe::{OptimizerConfig, Recipe, StateDtype};
 use crate::schedule::{LrSchedule, StepScheduler};
@@ -53,9 +54,9 @@ impl Training {
         let total_steps = scheduler.total_steps();
         let schedule = LrSchedule::new(recipe.lr_scheduler.as_ref(), &recipe.optimizer, total_steps)?;
         Optimizer::check_device(&recipe.optimizer, device)?;
-        let sharding = mesh
-            .is_sharded()
-            .then(|| Sharding::new(&setup.model, setup.holdings.sharded_shapes(), &setup.layout.shards));
+        let sharding =
+            mesh.is_sharded().then(|| Sharding::new(&setup.model, &setup.holdings, &setup.layout.shards));
+        check_blocks(&setup, &recipe.optimizer)?;
         let mut state = OptimizerState::default();
         if let Some(saved) = &saved {
             loader.resume(saved.loader).map_err(|error| match error {
@@ -64,7 +65,7 @@ impl Training {
             })?;
             scheduler.resume(saved.state);
             state = saved.optimizer(device, &setup.holdings)?;
-            check_states(saved, &state, &setup.model.parameters(), &recipe.optimizer)?;
+            check_states(saved, &state, &setup, &recipe.optimizer)?;
             observe(Event::Note(format!(
                 "continuing from {} at step {}",
                 saved.folder.display(),
@@ -116,6 +117,7 @@ impl Training {
         let steps = if is_first { metrics::read(&path)? } else { Vec::new() };
         let guard = saved.as_ref().map_or_else(GuardState::default, |saved| saved.guard.clone());
         let ranks = Ranks::new(&mesh, &setup.holdings);
+        let spread = Spread { holdings: setup.holdings.clone(), shards: setup.layout.shards.clone() };
         let parameters = setup.model.parameters();
         let trained = parameters.iter().filter(|parameter| parameter.trainable);
         Ok(Self {
@@ -130,7 +132,7 @@ impl Training {
             mesh,
             sharding,
             setup,
-            optimizer: Optimizer::resume(recipe.optimizer.clone(), state),
+            optimizer: Optimizer::resume(recipe.optimizer.clone(), state).on_ranks(spread),
             loader,
             noted_skipped: 0,
             held_out,
@@ -168,9 +170,10 @@ impl Training {
 fn check_states(
     saved: &Saved,
     state: &OptimizerState,
-    parameters: &[NamedTensor],
+    setup: &Setup,
     config: &OptimizerConfig,
 ) -> Result<()> {
+    let parameters = setup.model.parameters();
     let parameters: HashMap<&str, &NamedTensor> = parameters.iter().map(|p| (p.key.as_str(), p)).collect();
     for (key, state) in &state.parameters {
         let parameter = parameters.get(key.as_str());
@@ -179,8 +182,7 @@ fn check_states(
             let key = format!("the number of values of `{key}`");
             return Err(saved.incompatible(&key, was.to_string(), is.to_string()));
         }
-        let (was, is) =
-            (state.kind(), ParameterState::expected_kind(config, key, &parameters[key.as_str()].shape));
+        let (was, is) = (state.kind(), ParameterState::expected_kind(config, key, setup.holdings.shape(key)));
         if was != is {
             return Err(saved.incompatible(
                 &format!("what the optimizer remembers of `{key}`"),
@@ -211,17 +213,30 @@ fn check_optimizer(recipe: &Recipe, mesh: &Mesh) -> Result<()> {
             "moves parameters before gradients are summed over ranks",
         );
     }
-    if (mesh.is_sharded() || mesh.shape.tp > 1) && recipe.optimizer.muon.is_some() {
-        let message = "needs whole matrices; set distributed.strategy to ddp, and tp_size to 1";
-        return refused("optimizer", "Muon", message);
-    }
-    let is_divided = mesh.shape.pp * mesh.shape.tp * mesh.shape.ep > 1;
-    if (mesh.is_sharded() || is_divided) && recipe.optimizer.state_dtype == StateDtype::Int8 {
-        return refused(
-            "optimizer",
-            "8-bit states",
-            "are not kept of parts of parameters; set distributed.strategy to ddp (without ep_size, tp_size, pp_size), or keep states in bfloat16",
-        );
+    if mesh.shape.tp > 1 && recipe.optimizer.muon.is_some() && recipe.peft.is_none() {
+        return refused("optimizer", "Muon", "needs whole matrices; set distributed.tp_size to 1");
     }
     Ok(())
+}
+
+/// Refuses 8-bit states of parameters that are divided over ranks within blocks of values that share a scale.
+fn check_blocks(setup: &Setup, config: &OptimizerConfig) -> Result<()> {
+    if config.state_dtype != StateDtype::Int8 {
+        return Ok(());
+    }
+    let mut trained = setup.model.parameters().into_iter().filter(|parameter| parameter.trainable);
+    let divided = trained.find(|NamedTensor { key, .. }| {
+        let elements = setup.holdings.shape(key).iter().product::<usize>();
+        elements >= config.min_8bit_size && !setup.holdings.keeps_blocks(key)
+    });
+    match divided {
+        None => Ok(()),
+        Some(NamedTensor { key, .. }) => Err(Error::Inconsistent {
+            key: "optimizer".to_owned(),
+            value: "8-bit states".to_owned(),
+            message: format!(
+                "`{key}` is divided over tp_size or ep_size within blocks of {BLOCK} values, which share a scale; set them to 1, or keep states in bfloat16"
+            ),
+        }),
+    }
 }

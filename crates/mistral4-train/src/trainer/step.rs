@@ -73,14 +73,15 @@ impl Training {
             about.push((rows, label_tokens, is_filler));
             micro_batches.push(MicroBatch { inputs, scale });
         }
+        let first = counts.micro_batches_before;
         let parts = match &self.sharding {
             None => {
                 let mut store = Whole::new(&self.setup.model, &mut gradients.parts);
-                self.passes(&mut store, micro_batches, self.activations)?
+                self.passes(&mut store, first, micro_batches, self.activations)?
             }
             Some(sharding) => {
                 let mut store = ShardedStore::new(&self.setup.model, sharding, gradients, !self.defers_sums);
-                let parts = self.passes(&mut store, micro_batches, Activations::Recomputed)?;
+                let parts = self.passes(&mut store, first, micro_batches, Activations::Recomputed)?;
                 store.finish();
                 parts
             }
@@ -94,20 +95,23 @@ impl Training {
         Ok(measured)
     }
 
-    /// Passes over the model with every micro-batch: what each measured.
+    /// Passes over the model with every micro-batch, of which `first` is the first one's number in the step: what each
+    /// measured.
     fn passes(
         &self,
         store: &mut dyn ParameterStore,
+        first: usize,
         micro_batches: Vec<MicroBatch>,
         activations: Activations,
     ) -> Result<Vec<MicroBatchLoss>> {
         let model = &self.setup.model;
+        let begin = |index| self.setup.dropout.micro_batch(first + index);
         if let Some(pipeline) = &self.setup.layout.pipeline {
-            return pipeline.forward_backward(store, model, &micro_batches, activations);
+            return pipeline.forward_backward(store, model, &micro_batches, activations, &begin);
         }
         let count = micro_batches.len();
         let pass = |(index, MicroBatch { inputs, scale }): (usize, MicroBatch)| {
-            self.setup.dropout.next();
+            begin(index);
             store.set_last(index + 1 == count);
             forward_backward_from(store, Stage::whole(model, activations), &inputs, scale)
         };

@@ -4,6 +4,8 @@ mod compare;
 mod models;
 
 use compare::{Layout, compare};
+use mistral4::checkpoint::adapter::LoraSettings;
+use mistral4::model::dropout::DropoutPosition;
 use mistral4_train::backward::Activations;
 use models::{multimodal, text};
 
@@ -51,4 +53,38 @@ fn everything_at_once() {
     check(Layout { pp: 2, dp: 2, ep: 2, ..ONE });
     check(Layout { pp: 2, tp: 2, ..ONE });
     check(Layout { dp: 2, ep: 2, tp: 2, ..ONE });
+}
+
+/// LoRA on everything, stacked experts included, and DoRA on linear maps, both with dropout.
+#[test]
+fn adapters_in_every_layout() {
+    let lora =
+        LoraSettings { target_modules: vec!["*".into()], dim: 4, alpha: 4.0, ..LoraSettings::default() };
+    let dora = LoraSettings {
+        match_all_linear: true,
+        dim: 4,
+        alpha: 4.0,
+        use_dora: true,
+        ..LoraSettings::default()
+    };
+    for layout in [
+        Layout { dp: 2, ep: 2, ..ONE },
+        Layout { dp: 4, ep: 2, ..ONE },
+        Layout { tp: 2, ..ONE },
+        Layout { pp: 2, ..ONE },
+        Layout { dp: 2, ep: 2, tp: 2, ..ONE },
+        Layout { pp: 2, dp: 2, ep: 2, ..ONE },
+    ] {
+        let adapted = [
+            multimodal().adapted(&lora, DropoutPosition::Pre),
+            text().adapted(&lora, DropoutPosition::Post),
+            text().adapted(&dora, DropoutPosition::Pre),
+            multimodal().adapted(&dora, DropoutPosition::Post),
+        ];
+        for model in adapted {
+            for activations in [Activations::Kept, Activations::Recomputed] {
+                compare(&model, layout, activations);
+            }
+        }
+    }
 }

@@ -1,7 +1,11 @@
 //! The tiny models and their micro-batches.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use mistral4::checkpoint::adapter::{Adapter, LoraSettings};
 use mistral4::checkpoint::config::{Config, ConfigFile, ConfigOptions};
+use mistral4::checkpoint::weights::{DType as StorageDType, HostTensor};
+use mistral4::model::dropout::DropoutPosition;
+use mistral4::weights::{InitialSource, ParameterSource};
 use mistral4::{Images, ModelInputs};
 use mistral4_train::backward::LabelledInputs;
 use serde_json::{Value, json};
@@ -11,6 +15,30 @@ pub(crate) struct TinyModel {
     pub(crate) name: &'static str,
     pub(crate) config: Config,
     pub(crate) batches: Vec<LabelledInputs>,
+    /// The adapters that are trained in place of the weights, and where they drop values.
+    pub(crate) adapter: Option<(Adapter, DropoutPosition)>,
+}
+
+impl TinyModel {
+    /// The weights of the model, or of its base.
+    pub(crate) fn source(&self) -> InitialSource<'_> {
+        InitialSource::new(&self.config, 3, StorageDType::F32)
+    }
+
+    /// The same model with adapters that change something and are trained.
+    pub(crate) fn adapted(self, settings: &LoraSettings, position: DropoutPosition) -> Self {
+        let source = self.source();
+        let weight = |target: &mistral4::checkpoint::adapter::Target| {
+            source.tensor(&target.weight_key(), &target.shape, true)
+        };
+        let adapter = settings.adapter::<mistral4::Error>(&self.config, 9, StorageDType::F32, weight);
+        let mut adapter = adapter.unwrap();
+        for lora in adapter.modules.values_mut() {
+            let values = (0..lora.b.len()).map(|i| ((i * 37 % 23) as f32 - 11.0) / 40.0).collect();
+            lora.b = HostTensor::f32(lora.b.shape.clone(), values);
+        }
+        Self { adapter: Some((adapter, position)), ..self }
+    }
 }
 
 const TEXT_WIDTHS: &str = r#"{
@@ -45,7 +73,7 @@ pub(crate) fn text() -> TinyModel {
             batch(ModelInputs::packed(ids(seed, tokens), ends))
         })
         .collect();
-    TinyModel { name: "text", config, batches }
+    TinyModel { name: "text", config, batches, adapter: None }
 }
 
 /// Rows with images in the first and last micro-batch alone, biases, and padding in the second.
@@ -73,7 +101,7 @@ pub(crate) fn multimodal() -> TinyModel {
     let mut last = rows(8, 10);
     put_images(&mut last, &[(8, 16)]);
     let batches = vec![batch(first), padded, batch(rows(7, 4)), batch(last)];
-    TinyModel { name: "multimodal", config, batches }
+    TinyModel { name: "multimodal", config, batches, adapter: None }
 }
 
 fn ids(seed: usize, count: usize) -> Vec<u32> {

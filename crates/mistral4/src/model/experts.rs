@@ -1,5 +1,7 @@
 //! The routed experts, stacked.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use mistral4_checkpoint::config::{Activation, TextConfig};
@@ -8,9 +10,9 @@ use crate::error::Result;
 use crate::model::gate::Routing;
 use crate::model::lora::{ExpertLora, ExpertOrder};
 use crate::model::weight::ExpertWeight;
-use crate::ops;
 use crate::ops::packed::packed_experts;
 use crate::ops::quantized::{QuantizedExpertWeights, quantized_experts};
+use crate::ops::{self, Group};
 use crate::weights::Parameters;
 
 /// The routed experts, stacked, with low-rank adapters where there are any.
@@ -43,6 +45,16 @@ impl Experts {
             down_proj_lora: parameters.expert_lora("down_proj", down)?,
             act: c.hidden_act,
         })
+    }
+
+    /// Says that each rank of `group` holds a part of F.
+    pub(crate) fn divide(&mut self, group: &Option<Arc<dyn Group>>) {
+        if let Some(lora) = &mut self.gate_up_proj_lora {
+            lora.divided.outputs = group.clone();
+        }
+        if let Some(lora) = &mut self.down_proj_lora {
+            lora.divided.inputs = group.clone();
+        }
     }
 
     /// Each token through its experts, weighted and summed.

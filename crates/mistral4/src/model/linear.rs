@@ -35,6 +35,20 @@ impl Linear {
         })
     }
 
+    /// Says that each rank of `group` holds some of the outputs.
+    pub(crate) fn divide_outputs(&mut self, group: &Option<Arc<dyn Group>>) {
+        if let Some(lora) = &mut self.lora {
+            lora.divided.outputs = group.clone();
+        }
+    }
+
+    /// Says that each rank of `group` holds some of the inputs; see [`Linear::forward_row_parallel`].
+    pub(crate) fn divide_inputs(&mut self, group: &Option<Arc<dyn Group>>) {
+        if let Some(lora) = &mut self.lora {
+            lora.divided.inputs = group.clone();
+        }
+    }
+
     /// # Shapes
     /// - `x`: `[rows, in]`, output: `[rows, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {

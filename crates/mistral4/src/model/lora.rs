@@ -9,7 +9,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::model::dropout::{Dropout, DropoutPosition};
 use crate::model::linear::Linear;
-use crate::ops::{self, TokenLoss, composite};
+use crate::ops::collective::{copy_to_group, reduce_from_group};
+use crate::ops::{self, Group, TokenLoss, composite};
 
 /// The adapter of a linear map.
 #[derive(Module, Debug)]
@@ -24,6 +25,8 @@ pub struct Lora {
     pub(crate) scale: f64,
     #[module(skip)]
     pub(crate) dropout: Option<Dropout>,
+    #[module(skip)]
+    pub(crate) divided: Divided,
 }
 
 /// The adapters of one stacked projection of all experts.
@@ -35,6 +38,18 @@ pub struct ExpertLora {
     pub b: Param<Tensor<3>>,
     #[module(skip)]
     pub(crate) scale: f64,
+    #[module(skip)]
+    pub(crate) divided: Divided,
+}
+
+/// The ranks that hold other parts of an adapted weight, by the axis that is divided; what is not divided along with it is
+/// the same on all of them, and its gradient is the sum of theirs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Divided {
+    /// Each rank has some outputs: rows of B, and all of A.
+    pub(crate) outputs: Option<Arc<dyn Group>>,
+    /// Each rank has some inputs: columns of A, and all of B; the outputs are sums over the ranks.
+    pub(crate) inputs: Option<Arc<dyn Group>>,
 }
 
 impl Lora {
@@ -42,6 +57,7 @@ impl Lora {
     ///
     /// # Shapes
     /// - `x`: `[rows, in]`; `y`: `x W^T`, `[rows, out]`; `weight`: gives W, `[out, in]`, which DoRA alone asks for
+    ///   (of a divided weight: this rank's part)
     /// - output: `[rows, out]`
     pub fn forward(&self, x: Tensor<2>, y: Tensor<2>, weight: impl FnOnce() -> Tensor<2>) -> Tensor<2> {
         let dropout = self.dropout.as_ref().filter(|dropout| dropout.is_on());
@@ -52,7 +68,8 @@ impl Lora {
         let change = after.map_or_else(|| change.clone(), |dropout| dropout.apply(change.clone()));
         let Some(magnitude) = &self.magnitude else { return y + change };
         let weight = weight();
-        let factor = (magnitude.val().cast(DType::F32) / self.row_norms(&weight)).cast(y.dtype());
+        let magnitude = copy_to_group(magnitude.val(), &self.divided.inputs).cast(DType::F32);
+        let factor = (magnitude / self.row_norms(&weight)).cast(y.dtype());
         let factor = factor.unsqueeze_dim::<2>(0);
         let base = if before.is_some() { ops::linear(dropped, weight) } else { y.clone() };
         y + (factor.clone() - 1.0) * base + factor * change
@@ -78,8 +95,10 @@ impl Lora {
     /// `scale * B A x`.
     fn change(&self, x: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
-        let narrow = ops::linear(x, self.a.val().cast(dtype)) * self.scale;
-        ops::linear(narrow, self.b.val().cast(dtype))
+        let a = copy_to_group(self.a.val(), &self.divided.outputs);
+        let b = copy_to_group(self.b.val(), &self.divided.inputs);
+        let narrow = ops::linear(x, a.cast(dtype)) * self.scale;
+        ops::linear(narrow, b.cast(dtype))
     }
 
     /// `scale * B A` in f32, `[out, in]`.
@@ -93,7 +112,7 @@ impl Lora {
     fn row_norms(&self, weight: &Tensor<2>) -> Tensor<1> {
         let [outputs, _] = weight.dims();
         let sum = weight.clone().cast(DType::F32).detach() + self.product().detach();
-        sum.square().sum_dim(1).sqrt().reshape([outputs])
+        reduce_from_group(sum.square().sum_dim(1), &self.divided.inputs).sqrt().reshape([outputs])
     }
 }
 
@@ -150,8 +169,10 @@ impl ExpertLora {
     /// - `x`: `[M, in]`, `offsets`: `[E + 1]`, output: `[M, out]`
     pub fn change(&self, x: Tensor<2>, offsets: &Arc<[usize]>) -> Tensor<2> {
         let dtype = x.dtype();
-        let narrow = ops::grouped_linear(x, self.a.val().cast(dtype), offsets.clone()) * self.scale;
-        ops::grouped_linear(narrow, self.b.val().cast(dtype), offsets.clone())
+        let a = copy_to_group(self.a.val(), &self.divided.outputs);
+        let b = copy_to_group(self.b.val(), &self.divided.inputs);
+        let narrow = ops::grouped_linear(x, a.cast(dtype), offsets.clone()) * self.scale;
+        ops::grouped_linear(narrow, b.cast(dtype), offsets.clone())
     }
 }
 

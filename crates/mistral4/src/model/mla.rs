@@ -140,6 +140,9 @@ impl Mla {
     pub(crate) fn set_tensor_group(&mut self, group: Arc<dyn Group>) {
         self.shape.heads /= group.size();
         self.tensor_group = Some(group);
+        let by_head = [self.q_proj.as_mut(), self.q_b_proj.as_mut(), Some(&mut self.kv_b_proj)];
+        by_head.into_iter().flatten().for_each(|linear| linear.divide_outputs(&self.tensor_group));
+        self.o_proj.divide_inputs(&self.tensor_group);
     }
 
     /// # Shapes

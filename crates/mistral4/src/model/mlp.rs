@@ -50,6 +50,13 @@ impl Mlp {
         }
     }
 
+    /// Says that each rank of `group` holds a part of F; who sums up the ranks' outputs is the caller's business.
+    pub(crate) fn divide(&mut self, group: &Option<Arc<dyn Group>>) {
+        self.gate_proj.divide_outputs(group);
+        self.up_proj.divide_outputs(group);
+        self.down_proj.divide_inputs(group);
+    }
+
     /// # Shapes
     /// - `x`: `[T, D]`, output: `[T, D]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {

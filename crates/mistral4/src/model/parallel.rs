@@ -27,9 +27,14 @@ impl Mistral4 {
                 layer.self_attn.set_tensor_group(group.clone());
             }
             match &mut layer.mlp {
-                FeedForward::Dense(mlp) => mlp.tensor_group = groups.tensor.clone(),
+                FeedForward::Dense(mlp) => {
+                    mlp.divide(&groups.tensor);
+                    mlp.tensor_group = groups.tensor.clone();
+                }
                 // The shared experts' part is summed along with that of the routed ones.
                 FeedForward::Moe(moe) => {
+                    moe.experts.divide(&groups.tensor);
+                    moe.shared_experts.divide(&groups.tensor);
                     moe.tensor_group = groups.tensor.clone();
                     moe.expert_group = groups.expert.clone();
                 }

@@ -78,22 +78,61 @@ impl Mistral4 {
 /// # Panics
 /// When the parameters lack one of its matrices.
 pub fn adapter_of(parameters: &[NamedTensor], like: &Adapter) -> Adapter {
-    let parts: HashMap<(&str, &str), &NamedTensor> =
-        parameters.iter().filter_map(|parameter| Some((split(&parameter.key)?, parameter))).collect();
-    let part = |module: &str, part: &str| {
-        let parameter = parts.get(&(module, part));
-        host_tensor((*parameter.unwrap_or_else(|| panic!("{module} has no adapter"))).clone())
-    };
+    let parameters: HashMap<&str, &NamedTensor> = parameters.iter().map(|p| (p.key.as_str(), p)).collect();
+    adapter_with(like, |key| {
+        let parameter = parameters.get(key).unwrap_or_else(|| panic!("{key} is missing from the model"));
+        host_tensor((*parameter).clone())
+    })
+}
+
+/// The adapter `like` with other values, which `values` gives by the keys that they have in a model.
+pub fn adapter_with(like: &Adapter, mut values: impl FnMut(&str) -> HostTensor) -> Adapter {
     let now = |(module, old): (&String, &LoraTensors)| {
-        let tensors = LoraTensors {
-            a: part(module, "a"),
-            b: part(module, "b"),
-            magnitude: old.magnitude.as_ref().map(|_| part(module, "magnitude")),
-            scale: old.scale,
-        };
-        (module.clone(), tensors)
+        let axes = old.a.shape.len();
+        let mut part = |part: &str| values(&adapter_key(module, axes, part));
+        let (a, b) = (part("a"), part("b"));
+        let magnitude = old.magnitude.as_ref().map(|_| part("magnitude"));
+        (module.clone(), LoraTensors { a, b, magnitude, scale: old.scale })
     };
-    Adapter { modules: like.modules.iter().map(now).collect(), ..like.clone() }
+    let modules = like.modules.iter().map(now).collect();
+    let Adapter { replaced, base_model, rank, alpha, .. } = like;
+    Adapter {
+        modules,
+        replaced: replaced.clone(),
+        base_model: base_model.clone(),
+        rank: *rank,
+        alpha: *alpha,
+    }
+}
+
+impl SourceAdapter {
+    /// The same with every tensor replaced, given its key as a parameter; `None`: one of them is not here.
+    pub(super) fn map(
+        self,
+        module: &str,
+        mut change: impl FnMut(&str, HostTensor) -> Option<HostTensor>,
+    ) -> Option<Self> {
+        let LoraTensors { a, b, magnitude, scale } = self.tensors;
+        let axes = a.shape.len();
+        let mut part = |part: &str, tensor| change(&adapter_key(module, axes, part), tensor);
+        let (a, b) = (part("a", a)?, part("b", b)?);
+        let magnitude = match magnitude {
+            Some(magnitude) => Some(part("magnitude", magnitude)?),
+            None => None,
+        };
+        Some(Self { tensors: LoraTensors { a, b, magnitude, scale }, dropout: self.dropout })
+    }
+
+    /// Keys as parameters, and shapes.
+    pub fn shapes(&self, module: &str) -> impl Iterator<Item = (String, Vec<usize>)> {
+        let LoraTensors { a, b, magnitude, .. } = &self.tensors;
+        let axes = a.shape.len();
+        let parts = [("a", Some(a)), ("b", Some(b)), ("magnitude", magnitude.as_ref())];
+        let shape = |(part, tensor): (&str, Option<&HostTensor>)| {
+            Some((adapter_key(module, axes, part), tensor?.shape.clone()))
+        };
+        parts.into_iter().filter_map(shape).collect::<Vec<_>>().into_iter()
+    }
 }
 
 /// Whether a parameter belongs to an adapter.
@@ -101,7 +140,14 @@ pub fn is_adapter(key: &str) -> bool {
     split(key).is_some()
 }
 
+/// The key of an adapter's parameter `a`, `b` or `magnitude`: of a stack of experts, whose weight has three axes, or of a
+/// linear map.
+pub fn adapter_key(module: &str, axes: usize, part: &str) -> String {
+    let join = if axes == 3 { "_" } else { "." };
+    format!("{module}{join}lora.{part}")
+}
+
 /// Module and part of the key of an adapter's parameter.
-fn split(key: &str) -> Option<(&str, &str)> {
+pub(super) fn split(key: &str) -> Option<(&str, &str)> {
     key.rsplit_once(".lora.").or_else(|| key.rsplit_once("_lora."))
 }

@@ -7,7 +7,7 @@ mod quantized;
 mod save;
 mod source;
 
-pub use adapted::{AdaptedSource, adapter_of, is_adapter};
+pub use adapted::{AdaptedSource, adapter_key, adapter_of, adapter_with, is_adapter};
 pub use names::{
     NamedTensor, NamedValues, map_parameters, named_parameters, reshape_parameters, take_gradients,
 };

@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use mistral4_checkpoint::weights::{DType, HostData, HostTensor};
 
-use super::ParameterSource;
+use super::adapted::split;
+use super::{ParameterSource, SourceAdapter};
 use crate::error::Result;
+use crate::model::dropout::DropoutPosition;
 
 /// One of equal parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +59,8 @@ impl Partition {
 
     /// The part of the parameter `key`; `None` when it belongs to another stage.
     ///
-    /// Embeddings, head, norms, routers and the projections to the latents are whole wherever they are.
+    /// Embeddings, head, norms, routers and the projections to the latents are whole wherever they are. An adapter is
+    /// divided as its weight: A by inputs, B and magnitude by outputs.
     pub fn part(&self, key: &str, shape: &[usize]) -> Option<Part> {
         let text = key.strip_prefix("language_model.").unwrap_or(key);
         let layer = text.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
@@ -74,25 +77,29 @@ impl Partition {
 
     fn layer_part(&self, name: &str, shape: &[usize]) -> Part {
         let mut part = Part::whole(shape);
-        let name = name.strip_suffix(".weight").unwrap_or(name);
-        let (module, leaf) = name.rsplit_once('.').unwrap_or(("", name));
+        let last = shape.len().saturating_sub(1);
+        let before = last.checked_sub(1);
+        // The map, and which axes are its outputs and its inputs.
+        let (map, outputs, inputs) = match split(name) {
+            Some((map, "a")) => (map, None, Some(last)),
+            Some((map, "b")) => (map, before, None),
+            Some((map, _)) => (map, Some(last), None),
+            None => (name.strip_suffix(".weight").unwrap_or(name), before, Some(last)),
+        };
+        let (module, leaf) = map.rsplit_once('.').unwrap_or(("", map));
         if module.starts_with("mlp.experts") {
             part.axes[0] = vec![self.expert.range(shape[0])];
         }
-        match leaf {
-            "q_proj" | "q_b_proj" | "kv_b_proj" | "gate_proj" | "up_proj" => {
-                part.axes[0] = vec![self.tensor.range(shape[0])];
+        match (leaf, outputs, inputs) {
+            ("q_proj" | "q_b_proj" | "kv_b_proj" | "gate_proj" | "up_proj", Some(axis), _)
+            | ("o_proj" | "down_proj", _, Some(axis)) => {
+                part.axes[axis] = vec![self.tensor.range(shape[axis])];
             }
-            "o_proj" => part.axes[1] = vec![self.tensor.range(shape[1])],
             // Of the gate's rows, and of the up projection's below them.
-            "gate_up_proj" if self.tensor != Share::WHOLE => {
-                let width = shape[1] / 2;
+            ("gate_up_proj", Some(axis), _) if self.tensor != Share::WHOLE => {
+                let width = shape[axis] / 2;
                 let gate = self.tensor.range(width);
-                part.axes[1] = vec![gate.clone(), width + gate.start..width + gate.end];
-            }
-            "down_proj" => {
-                let last = shape.len() - 1;
-                part.axes[last] = vec![self.tensor.range(shape[last])];
+                part.axes[axis] = vec![gate.clone(), width + gate.start..width + gate.end];
             }
             _ => {}
         }
@@ -119,9 +126,24 @@ impl Part {
         *self == Self::whole(&self.full)
     }
 
+    /// The range of the first axis, where the part is all of the tensor on every other.
+    pub fn of_first_axis(&self) -> Option<Range<usize>> {
+        let (first, rest) = self.axes.split_first()?;
+        let is_all = |(ranges, &size): (&Vec<Range<usize>>, &usize)| matches!(ranges.as_slice(), [all] if *all == (0..size));
+        match first.as_slice() {
+            [range] if rest.iter().zip(&self.full[1..]).all(is_all) => Some(range.clone()),
+            _ => None,
+        }
+    }
+
     /// Shape of the part.
     pub fn shape(&self) -> Vec<usize> {
         self.axes.iter().map(|ranges| ranges.iter().map(Range::len).sum()).collect()
+    }
+
+    /// Number of values of the whole tensor.
+    pub fn full_elements(&self) -> usize {
+        self.full.iter().product()
     }
 
     /// Number of values.
@@ -201,6 +223,23 @@ impl ParameterSource for PartitionSource<'_> {
         }
     }
 
+    fn adapter(&self, module: &str, shape: &[usize]) -> Result<Option<SourceAdapter>> {
+        let Some(mut adapter) = self.source.adapter(module, shape)? else { return Ok(None) };
+        if let Some(dropout) = adapter.dropout.take() {
+            // Dropout is of the map's inputs, or of its outputs.
+            let axis = usize::from(dropout.position == DropoutPosition::Pre);
+            let part = self.partition.part(&format!("{module}.weight"), shape);
+            adapter.dropout = part.map(|part| match part.axes[axis].as_slice() {
+                [columns] => dropout.of_columns(columns.clone(), shape[axis]),
+                _ => unreachable!("linear maps are divided in one piece"),
+            });
+        }
+        Ok(adapter.map(module, |key, tensor| {
+            let part = self.partition.part(key, &tensor.shape)?;
+            Some(HostTensor { shape: part.shape(), data: pick(tensor.data, &part.runs()) })
+        }))
+    }
+
     fn shape(&self, key: &str, shape: &[usize]) -> Option<Vec<usize>> {
         self.partition.part(key, shape).map(|part| part.shape())
     }
@@ -278,6 +317,19 @@ mod tests {
         assert_eq!(shape(&format!("{attention}.o_proj.weight"), &[3, 8]), Some(vec![3, 4]));
         assert_eq!(shape(&format!("{attention}.o_proj.bias"), &[3]), Some(vec![3]));
         assert_eq!(shape(&format!("{attention}.q_a_proj.weight"), &[8, 3]), Some(vec![8, 3]));
+        assert_eq!(shape(&format!("{attention}.o_proj.lora.a"), &[2, 8]), Some(vec![2, 4]));
+        assert_eq!(shape(&format!("{attention}.o_proj.lora.b"), &[3, 2]), Some(vec![3, 2]));
+        assert_eq!(shape(&format!("{attention}.o_proj.lora.magnitude"), &[3]), Some(vec![3]));
+        assert_eq!(shape(&format!("{attention}.kv_b_proj.lora.a"), &[2, 3]), Some(vec![2, 3]));
+        assert_eq!(shape(&format!("{attention}.kv_b_proj.lora.b"), &[8, 2]), Some(vec![4, 2]));
+        assert_eq!(shape(&format!("{attention}.kv_b_proj.lora.magnitude"), &[8]), Some(vec![4]));
+        let stacks = "model.layers.3.mlp.experts";
+        assert_eq!(shape(&format!("{stacks}.gate_up_proj_lora.a"), &[4, 2, 5]), Some(vec![2, 2, 5]));
+        assert_eq!(shape(&format!("{stacks}.gate_up_proj_lora.b"), &[4, 8, 2]), Some(vec![2, 4, 2]));
+        assert_eq!(shape(&format!("{stacks}.down_proj_lora.a"), &[4, 2, 6]), Some(vec![2, 2, 3]));
+        assert_eq!(shape(&format!("{stacks}.down_proj_lora.b"), &[4, 3, 2]), Some(vec![2, 3, 2]));
+        assert_eq!(shape("lm_head.lora.a", &[2, 3]), Some(vec![2, 3]));
+        assert_eq!(shape("model.layers.1.self_attn.o_proj.lora.a", &[2, 8]), None);
         let experts = Partition { tensor: Share::WHOLE, ..partition.clone() };
         let part = experts.part("model.layers.0.mlp.experts.gate_up_proj", &[4, 6, 5]).unwrap();
         let runs = part.runs();

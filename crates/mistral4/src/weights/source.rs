@@ -16,7 +16,7 @@ use mistral4_checkpoint::weights::{Checkpoint, HostData, HostTensor, QuantizedMa
 
 use crate::error::Result;
 use crate::model::dropout::Dropout;
-use crate::model::lora::{ExpertLora, Lora};
+use crate::model::lora::{Divided, ExpertLora, Lora};
 use crate::model::weight::{ExpertWeight, LinearWeight, Quantized};
 
 /// Gives the values of parameters by their canonical names.
@@ -137,13 +137,8 @@ impl<'a> Parameters<'a> {
             weights::DType::BF16 => DType::BF16,
             weights::DType::F16 => DType::F16,
         };
-        let parts = if let [experts, ..] = *shape
-            && shape.len() == 3
-        {
-            weight.dims().matrices / experts
-        } else {
-            1
-        };
+        // As the names of its parts say; how many matrices there are depends on what this rank holds.
+        let parts = if name == "gate_up_proj" { 2 } else { 1 };
         Ok(Some(Quantized { weight: Arc::new(weight), parts, dtype, device: self.device.clone() }))
     }
 
@@ -160,6 +155,7 @@ impl<'a> Parameters<'a> {
             magnitude: magnitude.map(|magnitude| Param::from_tensor(to_device(magnitude, self.device))),
             scale,
             dropout: adapter.dropout,
+            divided: Divided::default(),
         }))
     }
 
@@ -174,6 +170,7 @@ impl<'a> Parameters<'a> {
             a: Param::from_tensor(to_device(a, self.device)),
             b: Param::from_tensor(to_device(b, self.device)),
             scale,
+            divided: Divided::default(),
         }))
     }
 

@@ -59,7 +59,7 @@ pub struct BenchArguments {
     pub groups: GroupArguments,
     /// Number format of AdamW's moments in train
     #[arg(long, value_enum, default_value = "f32")]
-    pub states: States,
+    pub state_dtype: StateFormat,
     /// Steps of decode
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
@@ -129,7 +129,7 @@ impl ValueEnum for BenchDType {
 /// Formats of AdamW's moments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum States {
+pub enum StateFormat {
     /// 32-bit floats.
     F32,
     /// Brain floats, rounded at random.
@@ -140,12 +140,12 @@ pub enum States {
     EightBit,
 }
 
-impl States {
-    fn state_dtype(self) -> StateDtype {
+impl StateFormat {
+    fn moments(self) -> StateDtype {
         match self {
-            States::F32 => StateDtype::F32,
-            States::Bf16 => StateDtype::Bf16,
-            States::EightBit => StateDtype::Int8,
+            StateFormat::F32 => StateDtype::F32,
+            StateFormat::Bf16 => StateDtype::Bf16,
+            StateFormat::EightBit => StateDtype::Int8,
         }
     }
 }
@@ -216,7 +216,7 @@ pub struct Measurement {
     pub range_s: [f64; 2],
     /// Number format of AdamW's moments in train.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub states: Option<States>,
+    pub state_dtype: Option<StateFormat>,
     /// Tokens written a row in decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_tokens: Option<u32>,
@@ -322,7 +322,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         repetitions: arguments.repetitions,
         median_s: median,
         range_s: [durations[0], durations[durations.len() - 1]],
-        states: (arguments.mode == Mode::Train).then_some(arguments.states),
+        state_dtype: (arguments.mode == Mode::Train).then_some(arguments.state_dtype),
         new_tokens: is_decode.then_some(arguments.new_tokens),
         // After the memory was read off, since measuring takes some.
         cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype.float())),

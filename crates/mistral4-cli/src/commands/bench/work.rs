@@ -67,7 +67,7 @@ impl Work {
             sequence: arguments.tokens as usize,
             new_tokens: arguments.new_tokens as usize,
             seed: arguments.seed,
-            state_dtype: arguments.states.state_dtype(),
+            state_dtype: arguments.state_dtype.moments(),
             text: config.text.clone(),
             weights,
             bytes,

@@ -46,7 +46,8 @@ impl Pipeline {
         chunk * self.ranks.size() + self.ranks.rank()
     }
 
-    /// Runs the micro-batches of a step forward and backward; the gradients go to `store`.
+    /// Runs the micro-batches of a step forward and backward; the gradients go to `store`, and `begin` is told of every
+    /// pass which micro-batch it is of.
     ///
     /// Returns what each measured, on every rank the same.
     ///
@@ -58,6 +59,7 @@ impl Pipeline {
         model: &Mistral4,
         micro_batches: &[MicroBatch],
         activations: Activations,
+        begin: &dyn Fn(usize),
     ) -> Result<Vec<MicroBatchLoss>> {
         let (size, rank) = (self.ranks.size(), self.ranks.rank());
         let device = model.text().model.norm.weight.device().without_autodiff();
@@ -66,6 +68,7 @@ impl Pipeline {
         let mut sent = Vec::new();
         let mut measured = vec![MicroBatchLoss::default(); count];
         for action in actions(rank, size, self.chunks, count) {
+            begin(action.micro_batch);
             let number = self.stage(action.chunk);
             let stage = Stage::new(model, self.stages[number].clone(), activations);
             let (is_first, is_last) = (stage.is_first(), stage.is_last());
