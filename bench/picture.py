@@ -42,7 +42,7 @@ def draw(results: list[dict], path: Path) -> None:
             axes[row][column].set_title(f"{TITLES[mode]}, {name} ({size})", fontsize=11, loc="left")
     machine = results[0]["machine"]
     figure.suptitle(
-        "Tokens a second: medians with the lowest and highest round, "
+        "Tokens a second: medians with the lowest and highest round\n"
         f"{settings['batch']} x {settings['tokens']} tokens, "
         f"{settings['threads']} threads of {machine['cpu']}, {results[0]['date']}",
         fontsize=11,
@@ -86,6 +86,7 @@ def _panel(axes: plt.Axes, records: list[dict], config: dict, mode: str) -> None
         end = (max(record["tokens_per_s"]), at)
         axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, 1.35 * max((max(record["tokens_per_s"]) for record in records), default=1.0))

@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -131,6 +132,9 @@ def main() -> None:
     if load > 0.5:
         print(f"the load of this machine is {load:.1f}: other work distorts what is measured")
     versions: dict[str, str] = {}
+    if options.binary:
+        told = subprocess.run([options.binary, "--version"], check=True, capture_output=True, text=True).stdout
+        versions["mistral4"] = told.split()[-1]
     configs = {
         config.stem: measure_config(config, rounds, repetitions, options, versions)
         for config, rounds, repetitions in zip(options.configs, options.rounds, options.repetitions, strict=True)
