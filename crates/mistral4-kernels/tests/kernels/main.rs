@@ -8,5 +8,6 @@ mod loss;
 mod norm_rope;
 mod optimizer;
 mod quantized;
+mod quantized_grouped;
 mod router;
 mod support;

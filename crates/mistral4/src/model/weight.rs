@@ -1,11 +1,13 @@
 //! Weights of linear maps and experts: dense, or quantised in memory.
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
 use mistral4_kernels::StackDims;
 
 use crate::ops;
-use crate::ops::quantized::{QuantizedWeight, dense, quantized_linear};
+use crate::ops::quantized::{QuantizedWeight, dense, quantized_grouped_linear, quantized_linear};
 
 /// A weight that stays quantised; it is frozen, so it is no parameter.
 #[derive(Module, Debug)]
@@ -77,6 +79,30 @@ pub enum ExpertWeight {
 }
 
 impl ExpertWeight {
+    /// `[E, out, in]`
+    pub fn dims(&self) -> [usize; 3] {
+        match self {
+            ExpertWeight::Dense(weight) => weight.dims(),
+            ExpertWeight::Quantized(quantized) => {
+                let StackDims { matrices, rows, columns } = quantized.weight.dims();
+                [matrices / quantized.parts, quantized.parts * rows, columns]
+            }
+        }
+    }
+
+    /// `x[rows of e] W[e]^T` of each expert.
+    ///
+    /// # Shapes
+    /// - `x`: `[M, in]`, rows sorted by expert, those of `e` at `offsets[e]..offsets[e + 1]`; output: `[M, out]`
+    pub fn forward(&self, x: Tensor<2>, offsets: &Arc<[usize]>) -> Tensor<2> {
+        match self {
+            ExpertWeight::Dense(weight) => ops::grouped_linear(x, weight.val(), offsets.clone()),
+            ExpertWeight::Quantized(quantized) => {
+                quantized_grouped_linear(x, &quantized.weight, offsets.clone())
+            }
+        }
+    }
+
     /// The values as a dense tensor, which a quantised weight makes anew each time.
     ///
     /// # Shapes
