@@ -56,7 +56,8 @@ pub use optimizer::{
 pub use peaks::{peak_bf16_gflops, peak_f32_gflops, read_bandwidth};
 pub use quantized::{
     Bits, QuantizeError, QuantizedExperts, QuantizedMatrix, Scales, Scheme, StackDims, quantized_experts,
-    quantized_experts_backward, quantized_linear, quantized_linear_backward_input,
+    quantized_experts_backward, quantized_grouped_linear, quantized_grouped_linear_backward_input,
+    quantized_linear, quantized_linear_backward_input,
 };
 pub use rope::{RopeDims, rope, rope_backward};
 pub use router::{RouterDims, choose_experts, routing_weights, routing_weights_backward};

@@ -8,12 +8,15 @@ use burn::tensor::{Device, Tensor};
 use mistral4::checkpoint::adapter::{self, Adapter, LoraSettings};
 use mistral4::checkpoint::config::{ConfigFile, ConfigOptions};
 use mistral4::checkpoint::weights::{
-    Bits, Checkpoint, DType, SaveDType, SaveOptions, WeightFormat, WeightQuantization, convert,
+    Bits, Checkpoint, DType, HostTensor, SaveDType, SaveOptions, WeightFormat, WeightQuantization, convert,
 };
 use mistral4::model::dropout::{DropoutPosition, DropoutSeed};
 use mistral4::model::moe::MoeOptions;
-use mistral4::weights::{AdaptedSource, CheckpointSource, InitialSource, adapter_of};
+use mistral4::weights::{
+    AdaptedSource, CheckpointSource, InitialSource, ParameterSource, QuantizedSource, adapter_of,
+};
 use mistral4::{ForwardOptions, LatentCache, Mistral4, ModelInputs};
+use mistral4_kernels::StackDims;
 use mistral4_train::Error;
 use mistral4_train::backward::{
     Activations, Gradients, LabelledInputs, LossScale, evaluate, forward_backward,
@@ -140,10 +143,7 @@ fn adapted(
 ) -> (Mistral4, Adapter) {
     let config = config();
     let base = InitialSource::new(&config.config, 3, DType::F32);
-    let weight = |target: &adapter::Target| {
-        use mistral4::weights::ParameterSource;
-        base.tensor(&target.weight_key(), &target.shape, true)
-    };
+    let weight = |target: &adapter::Target| base.tensor(&target.weight_key(), &target.shape, true);
     let mut adapter = settings.adapter::<mistral4::Error>(&config.config, 9, DType::F32, weight).unwrap();
     for lora in adapter.modules.values_mut() {
         let values = (0..lora.b.len()).map(|i| ((i * 37 % 23) as f32 - 11.0) / 40.0).collect();
@@ -321,6 +321,61 @@ fn adapters_over_quantised_weights_train_as_over_their_values() {
     ] {
         for (step, (is, want)) in losses(run, base, more).iter().zip(&values).enumerate() {
             assert!((is - want).abs() < tolerance * want, "{run}, step {step}: {is} against {want}");
+        }
+    }
+}
+
+/// The values that a source holds quantised, as a dense source.
+struct Values<'a>(&'a QuantizedSource<'a>);
+
+impl ParameterSource for Values<'_> {
+    fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> Result<HostTensor, mistral4::Error> {
+        let Some(weight) = self.0.quantized(key, shape)? else { return self.0.tensor(key, shape, f32) };
+        let StackDims { matrices, rows, columns } = weight.dims();
+        let mut values = vec![0.0f32; matrices * rows * columns];
+        for (matrix, values) in values.chunks_mut(rows * columns).enumerate() {
+            weight.dequantize(matrix, values);
+        }
+        Ok(HostTensor::f32(shape.to_vec(), values))
+    }
+
+    fn dtype(&self) -> DType {
+        self.0.dtype()
+    }
+}
+
+#[test]
+fn gradients_over_quantised_weights_are_those_over_their_values() {
+    let config = ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap().text_only();
+    let base = InitialSource::new(&config.config, 3, DType::F32);
+    let weight = |target: &adapter::Target| base.tensor(&target.weight_key(), &target.shape, true);
+    let mut adapter = everything().adapter::<mistral4::Error>(&config.config, 9, DType::F32, weight).unwrap();
+    for lora in adapter.modules.values_mut() {
+        let values = (0..lora.b.len()).map(|i| ((i * 37 % 23) as f32 - 11.0) / 400.0).collect();
+        lora.b = HostTensor::f32(lora.b.shape.clone(), values);
+    }
+    let int = |bits, symmetric| WeightFormat::Int { bits, group_size: 32, symmetric };
+    for weights in [int(Bits::Four, false), int(Bits::Eight, true), WeightFormat::Fp8] {
+        let quantized =
+            QuantizedSource::new(&base, &config.config, WeightQuantization { weights, lm_head: None });
+        let model = |source: &dyn ParameterSource| {
+            let source = AdaptedSource::new(source, &adapter);
+            let model = Mistral4::new(&config.config, MoeOptions::default(), &source, &Device::flex());
+            model.unwrap().freeze_base()
+        };
+        let (over_codes, over_values) = (model(&quantized), model(&Values(&quantized)));
+        assert!(over_codes.parameters().len() < over_values.parameters().len(), "codes are no parameters");
+        for activations in [Activations::Kept, Activations::Recomputed] {
+            let (loss, got) = gradients(&over_codes, activations);
+            let (want_loss, want) = gradients(&over_values, activations);
+            assert!((loss - want_loss).abs() < 1e-3 * want_loss, "{weights:?}: {loss} {want_loss}");
+            assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+            assert!(got.keys().any(|key| key.contains("experts.gate_up_proj_lora")));
+            for (key, want) in &want {
+                let norm = want.iter().map(|v| v * v).sum::<f32>().sqrt();
+                let diff = want.iter().zip(&got[key]).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+                assert!(norm > 0.0 && diff <= 2e-3 * norm, "{weights:?}, {key}: {diff} of {norm}");
+            }
         }
     }
 }

@@ -43,7 +43,7 @@ fn gaps(segments: &[Segment], rows: usize) -> Vec<Range<usize>> {
     queries.sort_by_key(|q| q.start);
     let mut end = 0;
     let mut gaps = Vec::new();
-    for q in queries.into_iter().chain([rows..rows]) {
+    for q in queries.into_iter().chain(std::iter::once(rows..rows)) {
         if end < q.start {
             gaps.push(end..q.start);
         }

@@ -304,8 +304,21 @@ impl QuantizedMatrix {
             let range = panel * LANES..((panel + 1) * LANES).min(rows);
             // SAFETY: each task owns the rows of its panel.
             let out = unsafe { out.slice(range.start * columns..range.end * columns) };
-            rows_of_panel(isa, self.panel(matrix, panel), columns, out);
+            rows_of_panel(isa, self.panel(matrix, panel), 0..columns, out);
         });
+    }
+
+    /// The values of some columns of one matrix, rounded once; the first column begins a tile.
+    ///
+    /// # Shapes
+    /// `out`: `[rows, columns]`.
+    pub(crate) fn dequantize_columns<T: Element>(&self, matrix: usize, columns: Range<usize>, out: &mut [T]) {
+        assert!(columns.start.is_multiple_of(self.scheme.tile_columns()) && columns.end <= self.dims.columns);
+        assert_eq!(out.len(), self.dims.rows * columns.len(), "out is [rows, columns]");
+        let isa = Isa::active();
+        for (panel, out) in out.chunks_mut((LANES * columns.len()).max(1)).enumerate() {
+            rows_of_panel(isa, self.panel(matrix, panel), columns.clone(), out);
+        }
     }
 }
 
@@ -370,12 +383,15 @@ impl Panel<'_> {
     }
 }
 
-/// Pieces of `0..columns` that [`Panel::block`] takes.
+/// Pieces of some columns that [`Panel::block`] takes.
 #[inline(always)]
-pub(crate) fn blocks(columns: usize, group: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..columns).step_by(group.max(1)).flat_map(move |start| {
-        let end = (start + group).min(columns);
-        (start..end).step_by(CHUNK).map(move |start| start..(start + CHUNK).min(end))
+pub(crate) fn blocks(columns: Range<usize>, group: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut next = columns.start;
+    std::iter::from_fn(move || {
+        let start = next;
+        let group_end = (start / group.max(1) + 1).saturating_mul(group);
+        next = (start + CHUNK).min(group_end).min(columns.end);
+        (start < columns.end).then_some(start..next)
     })
 }
 
@@ -388,16 +404,17 @@ pub(crate) fn e4m3(code: u32) -> f32 {
 }
 
 per_isa! {
-    /// Writes the rows of a panel one after the other, `columns` values each.
-    fn rows_of_panel<T: Element>(panel: Panel<'_>, columns: usize, out: &mut [T]) = rows_of_panel_body;
+    /// Writes some columns of the rows of a panel, one row after the other.
+    fn rows_of_panel<T: Element>(panel: Panel<'_>, columns: Range<usize>, out: &mut [T]) = rows_of_panel_body;
 }
 
 #[inline(always)]
-fn rows_of_panel_body<T: Element, const FMA: bool>(panel: Panel<'_>, columns: usize, out: &mut [T]) {
+fn rows_of_panel_body<T: Element, const FMA: bool>(panel: Panel<'_>, columns: Range<usize>, out: &mut [T]) {
     let mut block = [[0.0; LANES]; CHUNK];
-    for range in blocks(columns, panel.stack.scheme.group()) {
+    for range in blocks(columns.clone(), panel.stack.scheme.group()) {
         panel.block(range.clone(), &mut block);
-        for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+        let range = range.start - columns.start..range.end - columns.start;
+        for (row, out) in out.chunks_exact_mut(columns.len()).enumerate() {
             for (out, values) in out[range.clone()].iter_mut().zip(&block) {
                 *out = T::from_f32(values[row]);
             }

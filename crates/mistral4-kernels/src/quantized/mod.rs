@@ -15,7 +15,10 @@ mod product;
 mod quantize;
 
 pub use experts::{QuantizedExperts, quantized_experts, quantized_experts_backward};
-pub use linear::{quantized_linear, quantized_linear_backward_input};
+pub use linear::{
+    quantized_grouped_linear, quantized_grouped_linear_backward_input, quantized_linear,
+    quantized_linear_backward_input,
+};
 pub use matrix::{Bits, QuantizedMatrix, Scales, Scheme, StackDims};
 pub use quantize::QuantizeError;
 

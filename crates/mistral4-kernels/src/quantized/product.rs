@@ -93,7 +93,7 @@ fn float_rows_body<const FMA: bool>(
 ) -> [[f32; LANES]; ROWS] {
     let mut sums = [[0.0f32; LANES]; ROWS];
     let mut block = [[0.0f32; LANES]; CHUNK];
-    for columns in blocks(panel.stack.dims.columns, panel.stack.scheme.group()) {
+    for columns in blocks(0..panel.stack.dims.columns, panel.stack.scheme.group()) {
         panel.block(columns.clone(), &mut block);
         for (x, sums) in x[..count].iter().zip(&mut sums) {
             let mut sum = *sums;

@@ -16,8 +16,8 @@ pub use loss::linear_cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use optimizer::{adamw_step, dequantize, dynamic_map, quantize};
 pub use quantized::{
-    dequantized, quantized_experts, quantized_experts_backward, quantized_linear,
-    quantized_linear_backward_input,
+    dequantized, quantized_experts, quantized_experts_backward, quantized_grouped_linear,
+    quantized_grouped_linear_backward_input, quantized_linear, quantized_linear_backward_input,
 };
 pub use rope::rope;
 pub use router::{choose_experts, routing_weights, routing_weights_backward};

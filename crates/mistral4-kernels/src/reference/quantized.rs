@@ -32,6 +32,42 @@ pub fn quantized_linear_backward_input<G: Element, X: Element>(
     super::gemm(GemmDims { m: rows, n, k }, a, b, MatrixMut { data: dx, row_stride: n }, false);
 }
 
+/// See [`crate::quantized_grouped_linear`].
+pub fn quantized_grouped_linear<X: Element, Y: Element>(
+    offsets: &[usize],
+    x: &[X],
+    weight: &QuantizedMatrix,
+    y: &mut [Y],
+) {
+    let (experts, k) = (offsets.len() - 1, weight.dims().columns);
+    let n = weight.dims().matrices / experts * weight.dims().rows;
+    let dense = dequantized(weight);
+    for expert in 0..experts {
+        let (rows, w) = (offsets[expert]..offsets[expert + 1], &dense[expert * n * k..(expert + 1) * n * k]);
+        let (a, b) = (Matrix::rows(&x[rows.start * k..], k), Matrix::transposed(w, k));
+        let c = MatrixMut { data: &mut y[rows.start * n..rows.end * n], row_stride: n };
+        super::gemm(GemmDims { m: rows.len(), n, k }, a, b, c, false);
+    }
+}
+
+/// See [`crate::quantized_grouped_linear_backward_input`].
+pub fn quantized_grouped_linear_backward_input<G: Element, X: Element>(
+    offsets: &[usize],
+    dy: &[G],
+    weight: &QuantizedMatrix,
+    dx: &mut [X],
+) {
+    let (experts, n) = (offsets.len() - 1, weight.dims().columns);
+    let k = weight.dims().matrices / experts * weight.dims().rows;
+    let dense = dequantized(weight);
+    for expert in 0..experts {
+        let (rows, w) = (offsets[expert]..offsets[expert + 1], &dense[expert * n * k..(expert + 1) * n * k]);
+        let (a, b) = (Matrix::rows(&dy[rows.start * k..], k), Matrix::rows(w, n));
+        let c = MatrixMut { data: &mut dx[rows.start * n..rows.end * n], row_stride: n };
+        super::gemm(GemmDims { m: rows.len(), n, k }, a, b, c, false);
+    }
+}
+
 /// See [`crate::quantized_experts`].
 pub fn quantized_experts<X: Element, I: Index>(input: &QuantizedExperts<'_, X, I>, out: &mut [X]) {
     let (gate_up, down) = (dequantized(input.gate_up), dequantized(input.down));

@@ -9,5 +9,6 @@ mod norm_rope;
 mod optimizer;
 mod packed;
 mod quantized;
+mod quantized_grouped;
 mod router;
 mod support;

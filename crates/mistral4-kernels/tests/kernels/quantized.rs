@@ -10,7 +10,7 @@ fn int(bits: Bits, group_size: usize, symmetric: bool) -> Scheme {
     Scheme::Int { bits, group_size, symmetric }
 }
 
-fn schemes() -> [Scheme; 6] {
+pub(crate) fn schemes() -> [Scheme; 6] {
     [
         int(Bits::Eight, 32, true),
         int(Bits::Eight, 128, false),
@@ -26,13 +26,13 @@ fn weights(random: &mut Random, len: usize) -> Vec<f32> {
     (0..len).map(|i| (random.unit() + 0.3) * 2.0f32.powi((i / 32 % 5) as i32 - 3)).collect()
 }
 
-fn quantize(random: &mut Random, dims: StackDims, scheme: Scheme) -> QuantizedMatrix {
+pub(crate) fn quantize(random: &mut Random, dims: StackDims, scheme: Scheme) -> QuantizedMatrix {
     QuantizedMatrix::quantize(dims, scheme, &weights(random, dims.elements())).expect("finite weights")
 }
 
 /// Bound on the relative error of sums: weights or activations that were rounded to bf16 on the way, or activations
 /// rounded to 15 bits.
-fn tolerance<T: Element>() -> f32 {
+pub(crate) fn tolerance<T: Element>() -> f32 {
     if T::IS_BF16 { 2e-2 } else { 2e-4 }
 }
 

@@ -324,16 +324,22 @@ fn legend(picture: &mut Picture, panel: &Panel, entries: Vec<(Rgb, f64, String)>
     }
 }
 
-/// Mean over a window about each point, a fiftieth of the run wide, narrower at the ends so that it stays centred.
+/// At each point, the line of least squares through a window a fiftieth of the run wide. Where the point is in its middle
+/// this is the window's mean; at the ends of the run, whose windows lie to one side, it follows the slope and not the last
+/// step.
 fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let points: Vec<(f64, f64)> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
     let radius = points.len() / 100;
-    let mean = |i: usize| {
-        let radius = radius.min(i).min(points.len() - 1 - i);
-        let window = &points[i - radius..=i + radius];
-        window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64
+    let line = |i: usize| {
+        let start = i.saturating_sub(radius).min(points.len().saturating_sub(2 * radius + 1));
+        let window = &points[start..start + 2 * radius + 1];
+        let mean = |of: &dyn Fn(&(f64, f64)) -> f64| window.iter().map(of).sum::<f64>() / window.len() as f64;
+        let (x, y) = (mean(&|point| point.0), mean(&|point| point.1));
+        let spread = mean(&|point| (point.0 - x).powi(2));
+        let slope = mean(&|point| (point.0 - x) * (point.1 - y)) / if spread > 0.0 { spread } else { 1.0 };
+        y + slope * (points[i].0 - x)
     };
-    (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
+    (0..points.len()).map(|i| (points[i].0, line(i))).collect()
 }
 
 #[cfg(test)]
@@ -450,5 +456,21 @@ mod tests {
     fn smoothing_keeps_a_constant() {
         let flat: Vec<(f64, f64)> = (0..500).map(|i| (f64::from(i), 2.0)).collect();
         assert!(smoothed(&flat).iter().all(|&(_, y)| (y - 2.0).abs() < 1e-12));
+    }
+
+    #[test]
+    fn smoothing_keeps_a_slope_to_the_ends_and_does_not_jump_to_the_last_step() {
+        for count in [1, 2, 3, 99, 100, 101, 500] {
+            let line: Vec<(f64, f64)> =
+                (0..count).map(|i| (f64::from(i), 7.0 - 0.01 * f64::from(i))).collect();
+            let (got, last) = (smoothed(&line), line.len() - 1);
+            assert!(got.iter().zip(&line).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-9), "{count}");
+            let mut spike = line.clone();
+            spike[last].1 += 1.0;
+            if count >= 300 {
+                let moved = smoothed(&spike)[last].1 - line[last].1;
+                assert!(moved < 0.4, "{moved}");
+            }
+        }
     }
 }

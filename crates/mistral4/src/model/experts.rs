@@ -87,21 +87,20 @@ impl Experts {
         }
     }
 
-    /// The same in steps, base and adapter side by side; quantised stacks become dense for it.
+    /// The same in steps, base and adapter side by side.
     fn forward_adapted(&self, x: Tensor<2>, routing: &Routing) -> Tensor<2> {
-        let (gate_up, down) = (self.gate_up_proj.val(), self.down_proj.val());
-        let [experts, _, inter] = down.dims();
+        let [experts, _, inter] = self.down_proj.dims();
         let order = ExpertOrder::new(routing.indices.clone(), experts);
-        let project = |x: Tensor<2>, weight, lora: &Option<ExpertLora>| {
-            let y = ops::grouped_linear(x.clone(), weight, order.offsets.clone());
+        let project = |x: Tensor<2>, weight: &ExpertWeight, lora: &Option<ExpertLora>| {
+            let y = weight.forward(x.clone(), &order.offsets);
             match lora {
                 Some(lora) => y + lora.change(x, &order.offsets),
                 None => y,
             }
         };
-        let both = project(order.gather(x), gate_up, &self.gate_up_proj_lora);
+        let both = project(order.gather(x), &self.gate_up_proj, &self.gate_up_proj_lora);
         let (gate, up) = (both.clone().slice_dim(1, 0..inter), both.slice_dim(1, inter..2 * inter));
-        let y = project(ops::gated(gate, up, self.act), down, &self.down_proj_lora);
+        let y = project(ops::gated(gate, up, self.act), &self.down_proj, &self.down_proj_lora);
         order.combine(y, routing.weights.clone())
     }
 }

@@ -9,7 +9,7 @@ use mistral4_kernels::{PackedMatrix, StackDims};
 
 use crate::ops;
 use crate::ops::packed::{PackedWeight, packed_linear, unpacked};
-use crate::ops::quantized::{QuantizedWeight, dense, quantized_linear};
+use crate::ops::quantized::{QuantizedWeight, dense, quantized_grouped_linear, quantized_linear};
 
 /// A weight that stays quantised; it is frozen, so it is no parameter.
 #[derive(Module, Debug)]
@@ -133,6 +133,36 @@ impl ExpertWeight {
             let pack = if gated { PackedMatrix::gated } else { PackedMatrix::new };
             let weight = Arc::new(pack(dims, &bf16_values(weight)));
             *self = ExpertWeight::Packed(Packed { weight, device });
+        }
+    }
+
+    /// `[E, out, in]`
+    pub fn dims(&self) -> [usize; 3] {
+        match self {
+            ExpertWeight::Dense(weight) => weight.dims(),
+            ExpertWeight::Packed(packed) => {
+                let StackDims { matrices, rows, columns } = packed.weight.dims();
+                [matrices, rows, columns]
+            }
+            ExpertWeight::Quantized(quantized) => {
+                let StackDims { matrices, rows, columns } = quantized.weight.dims();
+                [matrices / quantized.parts, quantized.parts * rows, columns]
+            }
+        }
+    }
+
+    /// `x[rows of e] W[e]^T` of each expert.
+    ///
+    /// # Shapes
+    /// - `x`: `[M, in]`, rows sorted by expert, those of `e` at `offsets[e]..offsets[e + 1]`; output: `[M, out]`
+    pub fn forward(&self, x: Tensor<2>, offsets: &Arc<[usize]>) -> Tensor<2> {
+        match self {
+            ExpertWeight::Dense(_) | ExpertWeight::Packed(_) => {
+                ops::grouped_linear(x, self.val(), offsets.clone())
+            }
+            ExpertWeight::Quantized(quantized) => {
+                quantized_grouped_linear(x, &quantized.weight, offsets.clone())
+            }
         }
     }
 

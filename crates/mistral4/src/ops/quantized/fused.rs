@@ -1,5 +1,7 @@
 //! The kernels as an extension of Burn's CPU backend, with their backward rules.
 
+use std::sync::Arc;
+
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
@@ -19,6 +21,13 @@ trait QuantizedOps: Backend {
     /// See [`super::quantized_linear`].
     fn quantized_linear(x: FloatTensor<Self>, weight: QuantizedWeight) -> FloatTensor<Self>;
 
+    /// See [`super::quantized_grouped_linear`].
+    fn quantized_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: QuantizedWeight,
+        offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self>;
+
     /// See [`super::quantized_experts`].
     fn quantized_experts(
         x: FloatTensor<Self>,
@@ -31,6 +40,10 @@ trait QuantizedOps: Backend {
 
 pub(super) fn linear(x: Tensor<2>, weight: QuantizedWeight) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::quantized_linear(x.into_dispatch(), weight))
+}
+
+pub(super) fn grouped_linear(x: Tensor<2>, weight: QuantizedWeight, offsets: Arc<[usize]>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::quantized_grouped_linear(x.into_dispatch(), weight, offsets))
 }
 
 pub(super) fn experts(
@@ -57,6 +70,12 @@ struct ExpertInputs<B: Backend> {
 trait BackwardKernels: QuantizedOps {
     /// `dy W`.
     fn quantized_linear_backward(dy: FloatTensor<Self>, weight: QuantizedWeight) -> FloatTensor<Self>;
+    /// `dy[rows of e] W[e]`.
+    fn quantized_grouped_linear_backward(
+        dy: FloatTensor<Self>,
+        weight: QuantizedWeight,
+        offsets: &[usize],
+    ) -> FloatTensor<Self>;
     /// Gradients of `(x, weights)`.
     fn quantized_experts_backward(
         inputs: ExpertInputs<Self>,
@@ -75,6 +94,22 @@ impl<B: BackwardKernels> Backward<B, 1> for Linear {
         let [to_x] = ops.parents;
         if let Some(node) = to_x {
             grads.register::<B>(node.id, B::quantized_linear_backward(dy, ops.state));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GroupedLinear;
+
+impl<B: BackwardKernels> Backward<B, 1> for GroupedLinear {
+    type State = (QuantizedWeight, Arc<[usize]>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (weight, offsets) = ops.state;
+        let [to_x] = ops.parents;
+        if let Some(node) = to_x {
+            grads.register::<B>(node.id, B::quantized_grouped_linear_backward(dy, weight, &offsets));
         }
     }
 }
@@ -102,6 +137,19 @@ impl<B: BackwardKernels, C: CheckpointStrategy> QuantizedOps for Autodiff<B, C> 
         let out = B::quantized_linear(x.into_primitive(), weight.clone());
         match op {
             OpsKind::Tracked(op) => op.finish(weight, out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        }
+    }
+
+    fn quantized_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: QuantizedWeight,
+        offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        let op = GroupedLinear.prepare::<C>([x.node()]).compute_bound().stateful();
+        let out = B::quantized_grouped_linear(x.into_primitive(), weight.clone(), offsets.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish((weight, offsets), out),
             OpsKind::UnTracked(op) => op.finish(out),
         }
     }
@@ -148,6 +196,21 @@ impl QuantizedOps for Flex {
         })
     }
 
+    fn quantized_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: QuantizedWeight,
+        offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        let [rows, _] = x.shape().dims();
+        let outputs = weight.dims().matrices / (offsets.len() - 1) * weight.dims().rows;
+        let x = x.to_contiguous();
+        by_dtype!(x, T => {
+            let mut y = output::<T>(rows * outputs);
+            kernels::quantized_grouped_linear(&offsets, slice::<T>(&x), &weight, &mut y);
+            tensor(y, [rows, outputs])
+        })
+    }
+
     fn quantized_experts(
         x: FloatTensor<Self>,
         indices: IntTensor<Self>,
@@ -182,6 +245,21 @@ impl BackwardKernels for Flex {
         by_dtype!(dy, T => {
             let mut dx = output::<T>(rows * inputs);
             kernels::quantized_linear_backward_input(rows, slice::<T>(&dy), &weight, &mut dx);
+            tensor(dx, [rows, inputs])
+        })
+    }
+
+    fn quantized_grouped_linear_backward(
+        dy: FloatTensor<Self>,
+        weight: QuantizedWeight,
+        offsets: &[usize],
+    ) -> FloatTensor<Self> {
+        let [rows, _] = dy.shape().dims();
+        let inputs = weight.dims().columns;
+        let dy = dy.to_contiguous();
+        by_dtype!(dy, T => {
+            let mut dx = output::<T>(rows * inputs);
+            kernels::quantized_grouped_linear_backward_input(offsets, slice::<T>(&dy), &weight, &mut dx);
             tensor(dx, [rows, inputs])
         })
     }

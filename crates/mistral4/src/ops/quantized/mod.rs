@@ -45,6 +45,24 @@ pub fn quantized_linear(x: Tensor<2>, weight: &QuantizedWeight) -> Tensor<2> {
     composite::linear(x, weight.reshape([outputs, inputs]))
 }
 
+/// One linear map an expert with quantised weights; see [`super::grouped_linear`].
+///
+/// The weight of an expert may be several matrices of the stack, whose outputs lie side by side: gate and up.
+///
+/// # Shapes
+/// - `x`: `[M, in]`, `weight`: `[E * parts, out / parts, in]`, output: `[M, out]`
+/// - `offsets`: `[E + 1]`, the rows of expert `e` are `offsets[e]..offsets[e + 1]`
+pub fn quantized_grouped_linear(x: Tensor<2>, weight: &QuantizedWeight, offsets: Arc<[usize]>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return fused::grouped_linear(x, weight.clone(), offsets);
+    }
+    let weight = dense(weight, x.dtype(), &x.device());
+    let [matrices, rows, inputs] = weight.dims();
+    let experts = offsets.len() - 1;
+    composite::grouped_linear(x, weight.reshape([experts, matrices / experts * rows, inputs]), &offsets)
+}
+
 /// Routed gated feed-forward with quantised weights; see [`super::moe_experts`].
 ///
 /// # Shapes

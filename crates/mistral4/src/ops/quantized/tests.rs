@@ -41,6 +41,26 @@ fn linear_equals_composite() {
 }
 
 #[test]
+fn grouped_linear_equals_composite_with_idle_experts() {
+    let (parts, outputs, inputs) = (2, 11, 43);
+    let offsets: Arc<[usize]> = [0, 0, 9, 9, 10, 21].into();
+    for scheme in schemes() {
+        let weight = quantized(StackDims { matrices: 5 * parts, rows: outputs, columns: inputs }, scheme, 9);
+        compare_within(
+            1e-4,
+            &format!("{scheme:?}"),
+            [random([21 * inputs], 10)],
+            |[x]| quantized_grouped_linear(x.reshape([21, inputs]), &weight, offsets.clone()),
+            |[x]| {
+                let x: Tensor<2> = x.reshape([21, inputs]);
+                let dense = dense_like(&weight, &x).reshape([5, parts * outputs, inputs]);
+                composite::grouped_linear(x, dense, &offsets)
+            },
+        );
+    }
+}
+
+#[test]
 fn experts_equal_composite_with_idle_experts() {
     let (tokens, hidden, inter, experts, top_k) = (17, 48, 35, 5, 2);
     // Expert 3 gets no token.
