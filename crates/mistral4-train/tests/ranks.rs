@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use mistral4_train::checkpoint::Disk;
+use mistral4_train::checkpoint::{Disk, Operation};
 use mistral4_train::parallel::communicator::threads;
 use mistral4_train::recipe::{Override, Recipe};
 use mistral4_train::trainer::{self, Event, Host};
@@ -417,6 +417,30 @@ fn copy(from: &Path, to: &Path) {
             _ => drop(std::fs::copy(&from, &to).unwrap()),
         }
     }
+}
+
+/// Each rank writes its own part of the optimizer's states.
+#[test]
+fn a_rank_whose_disk_fails_fails_all_and_nothing_is_published() {
+    let place = tempfile::tempdir().unwrap();
+    let recipe = TEXT.recipe(place.path(), &[("step_scheduler.ckpt_every_steps", "1")]);
+    let failed = threads::run(2, |world| {
+        let is_second = world.rank() == 1;
+        let disk = Disk::gated(move |operation, path| match operation {
+            Operation::Write if is_second && path.ends_with("exp_avg.safetensors") => {
+                Err(std::io::Error::other("disk on fire"))
+            }
+            _ => Ok(()),
+        });
+        let host = Host { device: Device::flex(), disk, world };
+        let run = trainer::run_on(host, &recipe, &AtomicBool::new(false), &mut |_| {});
+        run.err().map(|error| error.to_string()).unwrap()
+    });
+    assert!(failed[0].contains("rank 1") && failed[0].contains("exp_avg.safetensors"), "{}", failed[0]);
+    assert!(failed[1].contains("cannot write"), "{}", failed[1]);
+    let left = std::fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains("epoch")).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

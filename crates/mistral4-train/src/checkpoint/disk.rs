@@ -1,7 +1,7 @@
 //! The file operations of a save, each of which may fail.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -74,6 +74,12 @@ impl Disk {
         Ok(NewFile { disk: self, path: path.to_owned(), file })
     }
 
+    /// Opens a file that another rank made, to write parts of it.
+    pub(crate) fn open(&self, path: &Path) -> Result<NewFile<'_>> {
+        let file = self.attempt(Operation::Write, path, || File::options().write(true).open(path))?;
+        Ok(NewFile { disk: self, path: path.to_owned(), file })
+    }
+
     /// Writes a whole file and brings it to the medium.
     pub(crate) fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let mut file = self.create(path)?;
@@ -138,6 +144,14 @@ impl NewFile<'_> {
     /// Adds bytes.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.disk.attempt(Operation::Write, &self.path, || self.file.write_all(bytes))
+    }
+
+    /// Writes bytes in their place.
+    pub(crate) fn write_at(&mut self, place: u64, bytes: &[u8]) -> Result<()> {
+        self.disk.attempt(Operation::Write, &self.path, || {
+            self.file.seek(SeekFrom::Start(place))?;
+            self.file.write_all(bytes)
+        })
     }
 
     /// Brings the file to the medium.

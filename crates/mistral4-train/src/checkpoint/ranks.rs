@@ -1,4 +1,5 @@
-//! Saving on many ranks: the first one writes, the others give it what they keep, and all of them learn how it went.
+//! Saving on many ranks: the first one writes the model, of which the others give it what they keep; every rank writes
+//! its own of the optimizer's states; and all of them learn how it went.
 
 use std::ops::Range;
 
@@ -54,7 +55,7 @@ impl Ranks {
         Self { world: mesh.world.duplicate(), holdings }
     }
 
-    /// Whether this rank writes.
+    /// Whether this rank writes the model.
     pub(crate) fn is_first(&self) -> bool {
         self.world.is_first()
     }
@@ -82,6 +83,22 @@ impl Ranks {
         states
     }
 
+    /// Where what this rank writes of a state lies among all of its values, flat; `None`: others write it.
+    ///
+    /// `elements` is the number of the parameter's values.
+    pub(super) fn writes(&self, name: &str, key: &str, elements: usize) -> Option<Vec<Range<usize>>> {
+        let of_blocks = name.ends_with(ParameterState::OF_BLOCKS);
+        let Some(holdings) = &self.holdings else {
+            let count = if of_blocks { elements.div_ceil(BLOCK) } else { elements };
+            return self.is_first().then(|| std::iter::once(0..count).collect());
+        };
+        let (_, held) = holdings.keepers(key).into_iter().find(|(rank, _)| *rank == self.world.rank())?;
+        Some(match of_blocks {
+            true => held.blocks().expect("8-bit states are kept of whole blocks"),
+            false => held.runs(),
+        })
+    }
+
     /// Fails on every rank when it failed on one.
     pub(crate) fn agree<T>(&self, result: Result<T>) -> Result<T> {
         let message = result.as_ref().err().map(ToString::to_string).unwrap_or_default();
@@ -100,7 +117,7 @@ impl Ranks {
     /// keep, which `local` tells.
     pub(super) fn write<T>(
         &self,
-        local: &dyn Fn(&str, &str) -> Option<TensorData>,
+        local: &dyn Fn(&str) -> Option<TensorData>,
         write: impl FnOnce(&Source<'_>) -> Result<T>,
     ) -> Result<Option<T>> {
         let source = Source { world: &self.world, holdings: self.holdings.as_ref(), local };
@@ -120,23 +137,21 @@ impl Ranks {
 pub(super) struct Source<'a> {
     world: &'a Communicator,
     holdings: Option<&'a Holdings>,
-    local: &'a dyn Fn(&str, &str) -> Option<TensorData>,
+    local: &'a dyn Fn(&str) -> Option<TensorData>,
 }
 
 impl Source<'_> {
-    /// The bytes of the tensor `name` of a parameter, whole: its values, or a state of the optimizer.
-    pub(super) fn whole(&self, name: &str, key: &str) -> Vec<u8> {
-        let mine = (self.local)(name, key);
+    /// The bytes of a parameter, whole.
+    pub(super) fn whole(&self, key: &str) -> Vec<u8> {
+        let mine = (self.local)(key);
         let Some(holdings) = self.holdings else {
             let mine = mine.unwrap_or_else(|| panic!("{key} is missing from the model"));
             return mine.as_bytes().to_vec();
         };
-        let mut request = format!("{name}\n{key}").into_bytes();
+        let mut request = key.as_bytes().to_vec();
         self.world.broadcast(&mut [request.len() as u64], 0);
         self.world.broadcast(&mut request, 0);
         let elements: usize = holdings.shape(key).iter().product();
-        let of_blocks = name.ends_with(ParameterState::OF_BLOCKS);
-        let count = if of_blocks { elements.div_ceil(BLOCK) } else { elements };
         let mut whole = Vec::new();
         for (rank, held) in holdings.keepers(key) {
             let part = match (rank, &mine) {
@@ -153,14 +168,10 @@ impl Source<'_> {
             if held.range.is_empty() {
                 continue;
             }
-            let runs = match of_blocks {
-                true => held.blocks().expect("8-bit states are kept of whole blocks"),
-                false => held.runs(),
-            };
-            let width = part.len() / runs.iter().map(Range::len).sum::<usize>();
-            whole.resize(count * width, 0);
+            let width = part.len() / held.range.len();
+            whole.resize(elements * width, 0);
             let mut rest = &part[..];
-            for run in runs {
+            for run in held.runs() {
                 let (values, after) = rest.split_at(run.len() * width);
                 whole[run.start * width..run.end * width].copy_from_slice(values);
                 rest = after;
@@ -185,12 +196,11 @@ impl Source<'_> {
             }
             let mut request = vec![0u8; length[0] as usize];
             self.world.broadcast(&mut request, 0);
-            let request = String::from_utf8(request).expect("names are text");
-            let (name, key) = request.split_once('\n').expect("a request has two lines");
+            let key = &String::from_utf8(request).expect("keys are text");
             if holdings.keepers(key).iter().all(|(rank, _)| *rank != self.world.rank()) {
                 continue;
             }
-            let part = (self.local)(name, key).expect("a keeper has what it keeps");
+            let part = (self.local)(key).expect("a keeper has what it keeps");
             self.world.send(&[part.as_bytes().len() as u64], 0);
             self.world.send(part.as_bytes(), 0);
         }

@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, TensorData};
+use burn::tensor::Device;
 use bytemuck::pod_collect_to_vec;
 use mistral4::weights::{NamedTensor, adapter_with, host_tensor};
 use mistral4_checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_MODEL, Adapter};
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, Operation};
 use super::ranks::{Ranks, Source, StateLabel};
-use super::tensors;
+use super::tensors::{self, StateFile};
 use crate::data::LoaderState;
 use crate::early_stop::EarlyStopState;
 use crate::error::{Error, Result};
@@ -45,8 +45,6 @@ const DATALOADER: &str = "dataloader/dataloader_dp_rank_0.json";
 const RNG: &str = "rng/rng_global_rank_0.json";
 const MODEL: &str = "model/consolidated";
 const ADAPTER: &str = "model";
-/// What the values of a parameter are asked for by, beside the names of states.
-const VALUES: &str = "";
 
 /// How the model's folder is written.
 #[derive(Debug, Clone)]
@@ -153,7 +151,8 @@ impl Snapshot {
 
     /// Writes every file under `folder` and brings it to the medium; returns what other readers will see differently.
     ///
-    /// Every rank calls it. The first one writes; the others give it their parts.
+    /// Every rank calls it. The first one writes the model, of which the others give it their parts, and all small files;
+    /// every rank writes its part of the optimizer's states.
     pub(super) fn write(&self, disk: &Disk, folder: &Path, ranks: &Ranks) -> Result<Vec<String>> {
         let label = |(key, name, values): &(String, &'static str, StateTensor)| StateLabel {
             name: (*name).to_owned(),
@@ -163,20 +162,45 @@ impl Snapshot {
         let states = ranks.all_states(self.states.iter().map(label).collect());
         let parameters =
             self.parameters.iter().map(|parameter| (parameter.key.as_str(), parameter)).collect();
-        let local = |name: &str, key: &str| self.local(&parameters, name, key);
-        let write = |source: &Source<'_>| {
-            self.write_whole(disk, folder, &Whole { parameters: &parameters, states: &states, ranks, source })
+        let shape = |key: &str| {
+            let here: Option<&&NamedTensor> = HashMap::get(&parameters, key);
+            ranks.shape(key, here.map(|parameter| &*parameter.shape)).to_vec()
         };
-        Ok(ranks.write(&local, write)?.unwrap_or_default())
+        let files = state_files(folder, &states, shape);
+        let local = |key: &str| parameters.get(key).map(|parameter| parameter.values.to_data());
+        let written = ranks.write(&local, |source| {
+            let warnings =
+                self.write_whole(disk, folder, &Whole { parameters: &parameters, ranks, source })?;
+            files.iter().try_for_each(|(_, file)| file.create(disk))?;
+            Ok(warnings)
+        });
+        let warnings = ranks.agree(written)?.unwrap_or_default();
+        ranks.agree(self.write_states(disk, &files, ranks, shape))?;
+        if ranks.is_first() {
+            for part in ["model", "optim", "dataloader", "rng", ""] {
+                disk.sync_folder(&folder.join(part))?;
+            }
+        }
+        Ok(warnings)
     }
 
-    /// This rank's values of a tensor: those of a parameter, or a state of the optimizer by its name.
-    fn local(&self, parameters: &HashMap<&str, &NamedTensor>, name: &str, key: &str) -> Option<TensorData> {
-        if name == VALUES {
-            return parameters.get(key).map(|parameter| parameter.values.to_data());
-        }
-        let state = self.states.iter().find(|(of, state, _)| of == key && *state == name);
-        state.map(|(.., values)| values.to_data())
+    /// Writes this rank's part of the optimizer's states.
+    fn write_states(
+        &self,
+        disk: &Disk,
+        files: &BTreeMap<String, StateFile>,
+        ranks: &Ranks,
+        shape: impl Fn(&str) -> Vec<usize>,
+    ) -> Result<()> {
+        files.iter().try_for_each(|(name, file)| {
+            let part = |(key, of, values): &(String, &'static str, StateTensor)| {
+                let elements = shape(key).iter().product();
+                let runs = if of == name { ranks.writes(name, key, elements)? } else { return None };
+                Some((key.clone(), runs, values.to_data().as_bytes().to_vec()))
+            };
+            let mut parts = self.states.iter().filter_map(part).peekable();
+            if parts.peek().is_some() { file.write(disk, parts) } else { Ok(()) }
+        })
     }
 
     fn write_whole(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<Vec<String>> {
@@ -188,7 +212,7 @@ impl Snapshot {
             Some(adapter) => self.write_adapter(adapter, disk, &folder.join(model), whole)?,
             None => self.write_model(disk, &folder.join(model), whole)?,
         };
-        self.write_optimizer(disk, folder, whole)?;
+        disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer_step }))?;
         let trainer = TrainerFile {
             format_version: FORMAT_VERSION,
             dtype: self.model.dtype.torch_name().to_owned(),
@@ -202,9 +226,6 @@ impl Snapshot {
         disk.write(&folder.join(LOSSES), &pretty(&self.losses))?;
         disk.write(&folder.join("config.yaml"), self.recipe.as_bytes())?;
         disk.write(&folder.join(STEP_SCHEDULER), &pretty(&self.state))?;
-        for part in ["model", "optim", "dataloader", "rng", ""] {
-            disk.sync_folder(&folder.join(part))?;
-        }
         Ok(warnings)
     }
 
@@ -235,29 +256,31 @@ impl Snapshot {
         })?;
         Ok(report.warnings)
     }
+}
 
-    fn write_optimizer(&self, disk: &Disk, folder: &Path, whole: &Whole<'_>) -> Result<()> {
-        let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
-        for StateLabel { name, key, dtype } in whole.states {
-            let mut shape = whole.shape(key).to_vec();
-            if name.ends_with(ParameterState::OF_BLOCKS) {
-                shape = vec![shape.iter().product::<usize>().div_ceil(BLOCK)];
-            }
-            files.entry(name).or_default().push(tensors::Named { key, shape, dtype: *dtype });
+/// A file for each name of a state, the same on every rank.
+fn state_files(
+    folder: &Path,
+    states: &[StateLabel],
+    shape: impl Fn(&str) -> Vec<usize>,
+) -> BTreeMap<String, StateFile> {
+    let mut files: BTreeMap<&str, Vec<tensors::Named<'_>>> = BTreeMap::new();
+    for StateLabel { name, key, dtype } in states {
+        let mut shape = shape(key);
+        if name.ends_with(ParameterState::OF_BLOCKS) {
+            shape = vec![shape.iter().product::<usize>().div_ceil(BLOCK)];
         }
-        for (name, states) in &files {
-            tensors::write(disk, &state_file(folder, name), states, |key| whole.source.whole(name, key))?;
-        }
-        disk.write(&folder.join(OPTIMIZER), &pretty(&OptimizerFile { step: self.optimizer_step }))
+        files.entry(name).or_default().push(tensors::Named { key, shape, dtype: *dtype });
     }
+    let file =
+        |(name, states): (&str, Vec<_>)| (name.to_owned(), StateFile::new(state_file(folder, name), &states));
+    files.into_iter().map(file).collect()
 }
 
 /// Whole tensors, from this rank and the others.
 struct Whole<'a> {
     /// Those of this rank.
     parameters: &'a HashMap<&'a str, &'a NamedTensor>,
-    /// States of the optimizer, on any rank.
-    states: &'a [StateLabel],
     ranks: &'a Ranks,
     source: &'a Source<'a>,
 }
@@ -272,7 +295,7 @@ impl Whole<'_> {
         if let Some(parameter) = self.parameters.get(key).filter(|parameter| parameter.shape == shape) {
             return host_tensor((*parameter).clone());
         }
-        let bytes = self.source.whole(VALUES, key);
+        let bytes = self.source.whole(key);
         let elements: usize = shape.iter().product();
         let data = match bytes.len() / elements {
             2 => HostData::BF16(pod_collect_to_vec(&bytes)),

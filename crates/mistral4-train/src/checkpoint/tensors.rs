@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
@@ -38,34 +38,60 @@ const DTYPES: [(&str, DType, u64); 3] =
 const _: () =
     assert!(cfg!(target_endian = "little"), "safetensors are little-endian, and so are the tensors here");
 
-/// Writes f32, bf16 and u8 tensors, whose bytes are asked for one tensor at a time.
-pub(super) fn write(
-    disk: &Disk,
-    path: &Path,
-    tensors: &[Named<'_>],
-    bytes: impl Fn(&str) -> Vec<u8>,
-) -> Result<()> {
-    let mut entries = serde_json::Map::new();
-    let mut end = 0;
-    for Named { key, shape, dtype } in tensors {
-        let &(name, _, size) =
-            DTYPES.iter().find(|entry| entry.1 == *dtype).expect("states are f32, bf16 or u8");
-        let start = end;
-        end += size * shape.iter().product::<usize>() as u64;
-        let entry = Entry { dtype: name.to_owned(), shape: shape.clone(), data_offsets: [start, end] };
-        entries.insert((*key).to_owned(), serde_json::to_value(entry).expect("an entry is plain JSON"));
+/// A file of f32, bf16 and u8 tensors, which every rank writes its parts of.
+pub(super) struct StateFile {
+    path: PathBuf,
+    /// Length of the header, and the header.
+    head: Vec<u8>,
+    /// Where each tensor begins, and the bytes of a value, by key.
+    places: BTreeMap<String, (u64, usize)>,
+}
+
+/// What a rank writes of a tensor: its key, where the values lie in it, flat, and their bytes.
+pub(super) type StatePart = (String, Vec<Range<usize>>, Vec<u8>);
+
+impl StateFile {
+    /// A file of these tensors, the same on every rank.
+    pub(super) fn new(path: PathBuf, tensors: &[Named<'_>]) -> Self {
+        let mut entries = serde_json::Map::new();
+        let mut places = BTreeMap::new();
+        let mut end = 0;
+        for Named { key, shape, dtype } in tensors {
+            let &(name, _, size) =
+                DTYPES.iter().find(|entry| entry.1 == *dtype).expect("states are f32, bf16 or u8");
+            let start = end;
+            end += size * shape.iter().product::<usize>() as u64;
+            let entry = Entry { dtype: name.to_owned(), shape: shape.clone(), data_offsets: [start, end] };
+            entries.insert((*key).to_owned(), serde_json::to_value(entry).expect("an entry is plain JSON"));
+            places.insert((*key).to_owned(), (start, size as usize));
+        }
+        let mut header = serde_json::Value::Object(entries).to_string().into_bytes();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
+        Self { path, head, places }
     }
-    let mut header = serde_json::Value::Object(entries).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = disk.create(path)?;
-    let length = (header.len() as u64).to_le_bytes();
-    file.write(&[&length[..], &header].concat())?;
-    for Named { key, shape, dtype } in tensors {
-        let bytes = bytes(key);
-        assert_eq!(bytes.len(), dtype.size() * shape.iter().product::<usize>(), "the bytes of `{key}`");
-        file.write(&bytes)?;
+
+    /// Makes the file with its header, on one rank, before any rank writes its parts.
+    pub(super) fn create(&self, disk: &Disk) -> Result<()> {
+        disk.write(&self.path, &self.head)
     }
-    file.finish()
+
+    /// Writes parts, one in memory at a time, and brings them to the medium.
+    pub(super) fn write(&self, disk: &Disk, parts: impl Iterator<Item = StatePart>) -> Result<()> {
+        let mut file = disk.open(&self.path)?;
+        for (key, runs, bytes) in parts {
+            let (start, size) = self.places[&key];
+            let values = runs.iter().map(Range::len).sum::<usize>();
+            assert_eq!(bytes.len(), size * values, "the bytes of `{key}`");
+            let mut rest = &bytes[..];
+            for run in runs {
+                let (bytes, after) = rest.split_at(size * run.len());
+                file.write_at(self.head.len() as u64 + start + (size * run.start) as u64, bytes)?;
+                rest = after;
+            }
+        }
+        file.finish()
+    }
 }
 
 /// Says which values of a tensor are read, given its key and number of values; `None`: it is left out.
@@ -75,7 +101,7 @@ pub(super) type Runs<'a> = dyn Fn(&str, usize) -> Option<Vec<Range<usize>>> + 'a
 /// left out.
 ///
 /// # Errors
-/// A file that is missing, cut short or not what [`write`] writes, with the tensor's key.
+/// A file that is missing, cut short or not what [`StateFile`] writes, with the tensor's key.
 pub(super) fn read(path: &Path, device: &Device, runs: &Runs<'_>) -> Result<BTreeMap<String, StateTensor>> {
     let unreadable = |source| Error::Read { path: path.to_owned(), source };
     let damaged = |message: String| Error::Damaged { path: path.to_owned(), message };
@@ -160,11 +186,22 @@ mod tests {
         };
         let tensors =
             [named("a.weight", &[2, 3], 0), named("b", &[0], 1), named("c", &[3], 2), named("d", &[6], 3)];
-        let bytes = |key: &str| {
-            let index = tensors.iter().position(|tensor| tensor.key == key).unwrap();
-            states[index].to_data().as_bytes().to_vec()
+        let file = StateFile::new(path.to_owned(), &tensors);
+        file.create(&Disk::default()).unwrap();
+        // Two ranks, the last one first: whole tensors, and halves of one.
+        let part = |index: usize, runs: &[Range<usize>]| {
+            let (key, data) = (tensors[index].key.to_owned(), states[index].to_data());
+            let size = data.dtype().size();
+            let bytes =
+                runs.iter().flat_map(|run| data.as_bytes()[size * run.start..size * run.end].to_vec());
+            (key, runs.to_vec(), bytes.collect())
         };
-        write(&Disk::default(), path, &tensors, bytes).unwrap();
+        for parts in [
+            vec![part(0, &[1..3, 5..6]), part(3, &[0..2, 2..6])],
+            vec![part(0, &[0..1, 3..5]), part(1, &[]), part(2, &[0..1, 1..3])],
+        ] {
+            file.write(&Disk::default(), parts.into_iter()).unwrap();
+        }
         values
     }
 

@@ -186,10 +186,10 @@ fn read_backend(s: &mut Section<'_>) -> Result<Option<bool>> {
             "mok",
             "enable_deepep",
         ],
-        "experts live on one rank",
+        "rows travel to experts by one exchange; the result is the same",
     );
     b.no_effect("enable_hf_state_dict_adapter", "the checkpoint's names are the model's names");
-    b.no_effect("enable_fsdp_optimizations", "there is one rank");
+    b.no_effect("enable_fsdp_optimizations", "one implementation of sharding");
     let fake = b.bool("fake_balanced_gate", "routes tokens evenly, ignoring the router (benchmarks)")?;
     b.unsupported("fake_gate_noise", "the balanced gate has no noise");
     b.unsupported("te_fp8", "FP8 compute is not supported");

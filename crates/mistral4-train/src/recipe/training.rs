@@ -123,7 +123,7 @@ impl RngConfig {
         let mut s = root.section("rng")?;
         s.name("_target_", "a seeded, resumable random state", &NAMES)?;
         let seed = s.usize("seed", "seed of data order and initial weights")?;
-        s.no_effect("ranked", "there is one rank");
+        s.no_effect("ranked", "what is drawn does not depend on the rank");
         s.finish()?;
         Ok(Self { seed: seed.or(top).unwrap_or(42) as u64 })
     }
