@@ -219,38 +219,6 @@ fn a_signal_to_end_saves_on_all_ranks() {
     assert!(saved(&place.path("run"), last));
 }
 
-/// Open MPI hands SIGTERM on and kills the ranks a second later, unless it is told to wait.
-#[test]
-fn sigterm_to_mpirun_saves_where_mpirun_waits() {
-    let Some(place) = Place::new() else { return };
-    let long = [
-        "--step_scheduler.max_steps",
-        "1000000",
-        "--step_scheduler.ckpt_every_steps",
-        "1000000",
-        "--checkpoint.checkpoint_dir",
-    ];
-    let launcher = Command::new("mpirun")
-        .args(["-n", "2", "--oversubscribe", "--bind-to", "none", "--mca", "odls_base_sigkill_timeout", "50"])
-        .envs(["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"].map(|name| (name, "1")))
-        .args([env!("CARGO_BIN_EXE_mistral4"), "train", "--threads", "1"])
-        .arg(place.path("recipe.yaml"))
-        .args(long)
-        .arg(place.path("run"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    wait_for("a step", || {
-        std::fs::metadata(place.path("run/training.jsonl")).is_ok_and(|file| file.len() > 0)
-    });
-    signal("-TERM", launcher.id());
-    let output = launcher.wait_with_output().unwrap();
-    let last = place.losses("run").last().unwrap().0 as usize;
-    assert!(saved(&place.path("run"), last), "step {last}: {}", stderr(&output));
-}
-
 #[test]
 fn what_the_ranks_refuse_is_said_once_and_is_wrong_input() {
     let Some(place) = Place::new() else { return };
