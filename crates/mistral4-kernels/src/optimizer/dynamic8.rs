@@ -4,6 +4,8 @@
 //! decade below. Source: Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", and
 //! `create_dynamic_map` of bitsandbytes.
 
+use std::hint::black_box;
+
 use crate::parallel::Shared;
 use crate::vector::mul_add;
 
@@ -121,6 +123,14 @@ struct Level {
     last: f32,
 }
 
+impl Level {
+    /// Slope, offset, first and last, as bits: they are exchanged without branches and without rounding.
+    #[inline(always)]
+    fn bits(&self) -> [u32; 4] {
+        [self.slope, self.offset, self.first, self.last].map(f32::to_bits)
+    }
+}
+
 const LEVELS: usize = DECADES + 2;
 const SIGNED: [Level; LEVELS] = levels(DynamicMap::Signed);
 const UNSIGNED: [Level; LEVELS] = levels(DynamicMap::Unsigned);
@@ -185,30 +195,29 @@ pub(super) fn quantize_block<const FMA: bool>(
     // Below this, the reciprocal would be infinite.
     let absmax = if absmax < 4.0 * f32::MIN_POSITIVE { 0.0 } else { absmax };
     let inverse = if absmax == 0.0 { 0.0 } else { 1.0 / absmax };
-    let levels = if map == DynamicMap::Signed { &SIGNED } else { &UNSIGNED };
+    // What the compiler knows of the levels it turns into branches, lane by lane.
+    let levels = black_box(if map == DynamicMap::Signed { &SIGNED } else { &UNSIGNED });
     let mut all = [0u8; BLOCK_8BIT];
     for (part, codes) in from.as_chunks::<LANES>().0.iter().zip(all.as_chunks_mut::<LANES>().0) {
         let mut x = [0.0f32; LANES];
         for i in 0..LANES {
             x[i] = part[i].abs() * inverse;
         }
-        // Each lane takes the constants of the highest level that it reaches; without branches, so that lanes are
-        // worked on together.
-        let lowest = levels[0];
-        let (mut slope, mut offset) = ([lowest.slope; LANES], [lowest.offset; LANES]);
-        let (mut first, mut last) = ([lowest.first; LANES], [lowest.last; LANES]);
-        let mut next = 1;
-        while next < LEVELS {
-            let level = levels[next];
+        // Each lane takes the constants of the highest level that it reaches.
+        let mut bits = levels[0].bits().map(|bits| [bits; LANES]);
+        for pair in levels.windows(2) {
+            let (below, level) = (pair[0].bits(), pair[1].bits());
+            let mut reached = [0u32; LANES];
             for i in 0..LANES {
-                let reached = x[i] >= level.from;
-                slope[i] = if reached { level.slope } else { slope[i] };
-                offset[i] = if reached { level.offset } else { offset[i] };
-                first[i] = if reached { level.first } else { first[i] };
-                last[i] = if reached { level.last } else { last[i] };
+                reached[i] = if x[i] >= pair[1].from { u32::MAX } else { 0 };
             }
-            next += 1;
+            for (bits, (below, level)) in bits.iter_mut().zip(below.into_iter().zip(level)) {
+                for i in 0..LANES {
+                    bits[i] ^= reached[i] & (below ^ level);
+                }
+            }
         }
+        let [slope, offset, first, last] = bits.map(|bits| bits.map(f32::from_bits));
         for i in 0..LANES {
             let steps = mul_add::<FMA>(x[i], slope[i], offset[i]);
             let steps = if steps < first[i] { first[i] } else { steps };
