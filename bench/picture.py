@@ -27,7 +27,7 @@ BITS = {"f32": 32, "bf16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
 
 def draw(results: list[dict], path: Path) -> None:
     """A panel for each configuration and mode, bars grouped by bits of a weight, ours first."""
-    configs = {name: config for result in results for name, config in result["configs"].items()}
+    configs = _joined(results)
     settings = results[0]["settings"]
     modes = [mode for mode in TITLES if any(mode in config["modes"] for config in configs.values())]
     most = [max(len(_bars(config, mode)) for config in configs.values()) for mode in modes]
@@ -37,6 +37,9 @@ def draw(results: list[dict], path: Path) -> None:
     )  # fmt: skip
     for row, mode in enumerate(modes):
         for column, (name, config) in enumerate(configs.items()):
+            if mode not in config["modes"]:
+                axes[row][column].set_axis_off()
+                continue
             _panel(axes[row][column], _bars(config, mode), config, mode)
             size = f"{config['parameters'] / 1e6:,.0f} M parameters"
             axes[row][column].set_title(f"{TITLES[mode]}, {name} ({size})", fontsize=11, loc="left")
@@ -49,6 +52,17 @@ def draw(results: list[dict], path: Path) -> None:
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _joined(results: list[dict]) -> dict[str, dict]:
+    """Configurations, small ones first, with the modes of all results; peaks are those of the first that has them."""
+    configs: dict[str, dict] = {}
+    for result in results:
+        for name, config in result["configs"].items():
+            known = configs.setdefault(name, {**config, "modes": {}, "peaks": {}})
+            known["modes"] = {**config["modes"], **known["modes"]}
+            known["peaks"] = {**config["peaks"], **known["peaks"]}
+    return dict(sorted(configs.items(), key=lambda item: item[1]["parameters"]))
 
 
 def _bars(config: dict, mode: str) -> list[dict]:

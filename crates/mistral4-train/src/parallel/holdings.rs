@@ -76,7 +76,7 @@ impl Held {
 }
 
 impl Held {
-    /// Where the blocks of [`BLOCK`] values that the rank keeps lie among those of the whole parameter; `None`: it keeps
+    /// Where the blocks of `BLOCK` values that the rank keeps lie among those of the whole parameter; `None`: it keeps
     /// parts of blocks.
     pub fn blocks(&self) -> Option<Vec<Range<usize>>> {
         let end = self.part.full_elements();
