@@ -15,6 +15,7 @@ mod missing;
 mod model;
 mod optimizer;
 mod overrides;
+mod packing;
 mod peft;
 mod quantization;
 mod reader;
@@ -31,7 +32,7 @@ use std::sync::Arc;
 pub use checkpoint::{CheckpointConfig, RestoreFrom};
 pub use dataset::{
     ChatDatasetConfig, DataloaderConfig, DatasetConfig, DatasetSection, DigitsTask, InstructionDatasetConfig,
-    OnError, PackedSequenceConfig, Split, TextDatasetConfig, TokenizerSource,
+    OnError, Split, TextDatasetConfig, TokenizerSource,
 };
 pub use image_questions::ImageQuestionsConfig;
 pub use model::{
@@ -40,6 +41,7 @@ pub use model::{
 };
 pub use optimizer::{AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype};
 pub use overrides::{Override, parse_overrides};
+pub use packing::PackedSequenceConfig;
 pub use peft::PeftConfig;
 pub use report::{Effect, RecipeReport, ReportEntry};
 pub use schema::{json_schema, to_json};
