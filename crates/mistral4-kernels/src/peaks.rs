@@ -72,7 +72,7 @@ fn tile_rate<P: Panel>() -> f64 {
                 for _ in 0..64 {
                     let out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
                     // SAFETY: `sums` holds `MR` rows of `NR` floats.
-                    unsafe { P::tile(isa, MR, black_box(&left), black_box(&right), out) };
+                    unsafe { P::tile(isa, MR, black_box(&left), black_box(&right), out, &[]) };
                     black_box(&mut sums);
                 }
                 tiles += 64;

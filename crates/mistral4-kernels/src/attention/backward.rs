@@ -250,7 +250,7 @@ fn add_lanes_product<P: Panel>(isa: Isa, scores: &[f32], panels: &[P], out: &mut
         for (i, panel) in panels.chunks_exact(panel_len).enumerate() {
             let ptr = out[tile.start * stride + i * NR..].as_mut_ptr();
             // SAFETY: `out` holds `keys` rows of `stride` floats, and the panel is inside a row.
-            unsafe { P::tile(isa, tile.len(), left, panel, TileOut { ptr, stride, accumulate: true }) };
+            unsafe { P::tile(isa, tile.len(), left, panel, TileOut { ptr, stride, accumulate: true }, &[]) };
         }
     }
 }

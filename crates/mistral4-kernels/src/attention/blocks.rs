@@ -98,7 +98,7 @@ pub(super) fn multiply<P: Panel>(
         let left = &left[tile.start * steps..tile.end * steps];
         let out = TileOut { ptr: out[tile.start * NR..].as_mut_ptr(), stride: NR, accumulate };
         // SAFETY: `out` holds `rows` rows of `NR` floats.
-        unsafe { P::tile(isa, tile.len(), left, right, out) };
+        unsafe { P::tile(isa, tile.len(), left, right, out, &[]) };
     }
 }
 

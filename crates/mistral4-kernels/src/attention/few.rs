@@ -2,7 +2,7 @@
 use super::blocks::Lanes;
 use super::{Attention, Segment};
 use crate::element::Element;
-use crate::gemm::{NR, Panel, multiply_rows, pack_lanes, pack_rows, tiles};
+use crate::gemm::{NR, Panel, Upcoming, multiply_rows, pack_lanes, pack_rows, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -96,7 +96,7 @@ fn split<P: Panel, T: Element>(
             pack_lanes(isa, depth.len(), [lanes, NR], lane, out);
         }
     };
-    multiply_rows(isa, &queries, 0..rows, head_dim, pack_keys, &mut || (), &mut scores);
+    multiply_rows(isa, &queries, 0..rows, head_dim, pack_keys, &mut Upcoming::none(), &mut scores);
 
     let mut partial = Partial {
         max: [f32::NEG_INFINITY; NR],
@@ -125,7 +125,7 @@ fn split<P: Panel, T: Element>(
         let row = |k: usize| input.v_row(first + depth.start + k, kv_head);
         pack_rows(isa, depth.len(), [value_dim, width], row, out);
     };
-    multiply_rows(isa, &left, 0..rows, count, pack_values, &mut || (), &mut partial.out);
+    multiply_rows(isa, &left, 0..rows, count, pack_values, &mut Upcoming::none(), &mut partial.out);
     partial
 }
 

@@ -229,7 +229,7 @@ fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
                     let left = &packed[tile.start * steps..tile.end * steps];
                     let tile_out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
                     // SAFETY: `sums` holds the tile's rows of `NR` floats.
-                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out) };
+                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out, &[]) };
                     let first = first + tile.start * n + start;
                     let target = Target { first, stride: n, columns: NR.min(n - start) };
                     // SAFETY: each task owns its rows of one expert.

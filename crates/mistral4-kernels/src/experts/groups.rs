@@ -1,12 +1,9 @@
 //! Tokens sorted by expert, and products of the groups.
 use crate::element::{Element, Index};
-use crate::gemm::{NR, Panel, multiply_rows, pack_left, prefetch, tiles};
+use crate::gemm::{NR, Panel, Upcoming, multiply_rows, pack_left, tiles};
 use crate::isa::Isa;
-use crate::scratch::{self, Scratch};
+use crate::scratch::{self, Plain, Scratch};
 use std::ops::Range;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Token slots (`token * K + k`) sorted by expert; slots of one expert stay in token order.
 pub(crate) struct Groups {
@@ -88,42 +85,32 @@ impl Groups {
         pack_right: impl Fn(usize, Range<usize>, &mut [P]),
         finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
-        let product = |expert: usize, rows: Range<usize>, fetch: &mut dyn FnMut(), sums: &mut [f32]| {
+        let product = |expert: usize, rows: Range<usize>, next: &mut Upcoming<'_>, sums: &mut [f32]| {
             let pack = |depth: Range<usize>, out: &mut [P]| pack_right(expert, depth, out);
-            multiply_rows(isa, left, rows, depth, pack, fetch, sums);
+            multiply_rows(isa, left, rows, depth, pack, next, sums);
         };
         self.multiply_with(columns, source, product, finish);
     }
 
     /// Multiplies the rows of every used expert with `columns` columns of that expert.
     ///
-    /// `product(expert, rows, fetch, sums)` does so for one expert, calling `fetch` before each tile;
-    /// `finish(rows, sums)` receives the `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)`
+    /// `product(expert, rows, next, sums)` does so for one expert, fetching `next`; `finish(rows, sums)` receives the `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)`
     /// is the memory that `product` reads for an expert; it is fetched while the expert before it is multiplied.
-    pub(crate) fn multiply_with<'a, W: 'a>(
+    pub(crate) fn multiply_with<'a, W: Plain + 'a>(
         &self,
         columns: usize,
         source: impl Fn(usize) -> [&'a [W]; 2],
-        product: impl Fn(usize, Range<usize>, &mut dyn FnMut(), &mut [f32]),
+        product: impl Fn(usize, Range<usize>, &mut Upcoming<'_>, &mut [f32]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
         let panels = columns.div_ceil(NR);
         let mut sums = scratch::take::<f32>(self.most_rows() * panels * NR);
         for (index, (expert, rows)) in self.used.iter().enumerate() {
             let sums = &mut sums[..rows.len() * panels * NR];
-            let mut next = self.used.get(index + 1).map_or([&[][..]; 2], |(expert, _)| source(*expert));
+            let next = self.used.get(index + 1).map_or([&[][..]; 2], |(expert, _)| source(*expert));
             // Depth is cut into few blocks; with one block the pieces come out right, with more they come sooner.
-            let turns = tiles(rows.clone()).count() * panels;
-            let pieces =
-                next.map(|part| part.len().div_ceil(turns.max(1)).next_multiple_of(LINE / size_of::<W>()));
-            let mut fetch = || {
-                for (rest, piece) in next.iter_mut().zip(pieces) {
-                    let (now, later) = rest.split_at(piece.min(rest.len()));
-                    prefetch(now);
-                    *rest = later;
-                }
-            };
-            product(*expert, rows.clone(), &mut fetch, sums);
+            let mut next = Upcoming::new(next, tiles(rows.clone()).count() * panels);
+            product(*expert, rows.clone(), &mut next, sums);
             finish(rows.clone(), sums);
         }
     }

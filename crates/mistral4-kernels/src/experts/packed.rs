@@ -3,7 +3,7 @@ use super::forward::{RightOperands, Tokens, forward};
 use super::groups::Groups;
 use super::{Activation, ExpertDims};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, HALF, NR, PackedMatrix, multiply_packed};
+use crate::gemm::{Bf16Pair, HALF, NR, PackedMatrix, Upcoming, multiply_packed};
 use crate::isa::Isa;
 use crate::quantized::StackDims;
 use std::ops::Range;
@@ -94,9 +94,9 @@ fn multiply(
 ) {
     let depth = weight.dims().columns;
     let right = |expert: usize| weight.panels(expert, panels.clone());
-    let product = |expert: usize, rows: Range<usize>, fetch: &mut dyn FnMut(), sums: &mut [f32]| {
+    let product = |expert: usize, rows: Range<usize>, next: &mut Upcoming<'_>, sums: &mut [f32]| {
         let right = right(expert).chunks_exact(weight.panel_len().max(1));
-        multiply_packed(isa, left, rows, depth, right, fetch, sums);
+        multiply_packed(isa, left, rows, depth, right, next, sums);
     };
     groups.multiply_with(panels.len() * NR, |expert| [right(expert), &[]], product, finish);
 }

@@ -1,5 +1,6 @@
 //! Register tiles of up to 12 x 32 sums for AVX-512.
 use super::panel::{Bf16Pair, NR, TileOut};
+use super::{LINE, prefetch};
 use std::arch::x86_64::*;
 
 /// Calls `$kernel::<rows>` for `rows` in `1..=MR`.
@@ -23,6 +24,35 @@ macro_rules! by_rows {
     };
 }
 
+/// Memory that a later tile reads, fetched a line a step: many requests at once would keep this tile's own waiting.
+struct Fetch {
+    next: *const i8,
+    lines: usize,
+}
+
+impl Fetch {
+    /// The lines for which there is no step are asked for at once.
+    #[inline(always)]
+    fn new(memory: &[u8], steps: usize) -> Self {
+        let lines = memory.len() / LINE;
+        let at_once = lines.saturating_sub(steps) * LINE;
+        prefetch(&memory[..at_once]);
+        Self { next: memory[at_once..].as_ptr().cast(), lines: lines.min(steps) }
+    }
+
+    #[inline(always)]
+    fn line(&mut self) {
+        if self.lines > 0 {
+            // SAFETY: a prefetch may point anywhere; `next` stays in the memory or just behind it.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(self.next);
+                self.next = self.next.add(LINE);
+            }
+            self.lines -= 1;
+        }
+    }
+}
+
 /// # Safety
 /// `out` addresses `R` rows of `NR` writable floats.
 #[target_feature(enable = "avx512f")]
@@ -40,9 +70,11 @@ unsafe fn store<const R: usize>(sums: [[__m512; 2]; R], out: TileOut) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn f32_rows<const R: usize>(steps: usize, a: *const f32, b: *const f32, out: TileOut) {
+unsafe fn f32_rows<const R: usize>(steps: usize, a: *const f32, b: *const f32, out: TileOut, next: &[u8]) {
+    let mut next = Fetch::new(next, steps);
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for step in 0..steps {
+        next.line();
         // SAFETY: `a` holds `steps * R` and `b` `steps * NR` elements.
         unsafe {
             let b0 = _mm512_loadu_ps(b.add(step * NR));
@@ -61,17 +93,32 @@ unsafe fn f32_rows<const R: usize>(steps: usize, a: *const f32, b: *const f32, o
 /// # Safety
 /// `a` holds `steps * rows` and `b` `steps * NR` elements, `out` addresses `rows` rows of `NR` floats, and
 /// the processor has AVX-512 F.
-pub(super) unsafe fn tile_f32(rows: usize, steps: usize, a: *const f32, b: *const f32, out: TileOut) {
+pub(super) unsafe fn tile_f32(
+    rows: usize,
+    steps: usize,
+    a: *const f32,
+    b: *const f32,
+    out: TileOut,
+    next: &[u8],
+) {
     // SAFETY: promised by the caller.
-    unsafe { by_rows!(rows, f32_rows(steps, a, b, out)) }
+    unsafe { by_rows!(rows, f32_rows(steps, a, b, out, next)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn bf16_rows<const R: usize>(steps: usize, a: *const Bf16Pair, b: *const Bf16Pair, out: TileOut) {
+unsafe fn bf16_rows<const R: usize>(
+    steps: usize,
+    a: *const Bf16Pair,
+    b: *const Bf16Pair,
+    out: TileOut,
+    next: &[u8],
+) {
     // SAFETY: both types are 64 plain bytes.
     let pairs = |x: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
+    let mut next = Fetch::new(next, steps);
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for step in 0..steps {
+        next.line();
         // SAFETY: `a` holds `steps * R` and `b` `steps * NR` elements.
         unsafe {
             let b0 = pairs(_mm512_loadu_si512(b.add(step * NR).cast()));
@@ -96,7 +143,8 @@ pub(super) unsafe fn tile_bf16(
     a: *const Bf16Pair,
     b: *const Bf16Pair,
     out: TileOut,
+    next: &[u8],
 ) {
     // SAFETY: promised by the caller.
-    unsafe { by_rows!(rows, bf16_rows(steps, a, b, out)) }
+    unsafe { by_rows!(rows, bf16_rows(steps, a, b, out, next)) }
 }

@@ -26,7 +26,7 @@ pub(crate) use panel::{Bf16Pair, MR, NR, Panel, TileOut};
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::scratch;
+use crate::scratch::{self, Plain};
 use crate::vector::per_isa;
 use std::ops::Range;
 
@@ -263,7 +263,7 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
         let cols = task / parts * width..((task / parts + 1) * width).min(n);
         let mut sums = scratch::take::<f32>(rows.len() * cols.len().next_multiple_of(NR));
         let pack = |depth: Range<usize>, out: &mut [P]| b.pack_right(isa, cols.clone(), depth, out);
-        multiply_rows(isa, left, rows.clone(), k, pack, &mut || (), &mut sums);
+        multiply_rows(isa, left, rows.clone(), k, pack, &mut Upcoming::none(), &mut sums);
         for (cols, sums) in panels(cols, &sums, rows.len()) {
             let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
             // SAFETY: tasks own disjoint rectangles of `c`.
@@ -329,14 +329,15 @@ pub(crate) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 ///
 /// `left` holds the packed tiles of all rows of the operand, each `[steps, height]`. `pack_right` packs a
 /// part of the summed axis as `[panels, steps, NR]`; parts are short enough for one panel to stay in the
-/// first-level cache while the tiles pass by. `between_tiles` runs before each tile, to fetch what comes next.
+/// first-level cache while the tiles pass by. `next` is fetched
+/// meanwhile.
 pub(crate) fn multiply_rows<P: Panel>(
     isa: Isa,
     left: &[P],
     rows: Range<usize>,
     depth: usize,
     pack_right: impl Fn(Range<usize>, &mut [P]),
-    between_tiles: &mut dyn FnMut(),
+    next: &mut Upcoming<'_>,
     sums: &mut [f32],
 ) {
     if rows.is_empty() {
@@ -357,7 +358,7 @@ pub(crate) fn multiply_rows<P: Panel>(
         pack_right(first * P::STEP..(steps.end * P::STEP).min(depth), right);
         let panels = right.chunks_exact(steps.len() * NR).zip(sums.chunks_exact_mut(left.rows.len() * NR));
         for (right, sums) in panels {
-            left.multiply(isa, steps.clone(), right, between_tiles, sums);
+            left.multiply(isa, steps.clone(), right, next, sums);
         }
     }
 }
@@ -369,7 +370,7 @@ pub(crate) fn multiply_packed<'a, P: Panel>(
     rows: Range<usize>,
     depth: usize,
     panels: impl Iterator<Item = &'a [P]>,
-    between_tiles: &mut dyn FnMut(),
+    next: &mut Upcoming<'_>,
     sums: &mut [f32],
 ) {
     let left = Left::new(left, rows, depth);
@@ -381,7 +382,7 @@ pub(crate) fn multiply_packed<'a, P: Panel>(
         }
         for first in (0..left.steps).step_by(block.max(1)) {
             let steps = first..(first + block).min(left.steps);
-            left.multiply(isa, steps.clone(), &panel[first * NR..steps.end * NR], between_tiles, sums);
+            left.multiply(isa, steps.clone(), &panel[first * NR..steps.end * NR], next, sums);
         }
     }
 }
@@ -407,19 +408,52 @@ impl<'a, P: Panel> Left<'a, P> {
         isa: Isa,
         steps: Range<usize>,
         right: &[P],
-        between_tiles: &mut dyn FnMut(),
+        next: &mut Upcoming<'_>,
         sums: &mut [f32],
     ) {
         assert_eq!(sums.len(), self.rows.len() * NR);
         for tile in tiles(self.rows.clone()) {
-            between_tiles();
             let start = tile.start * self.steps + steps.start * tile.len();
             let left = &self.tiles[start..start + steps.len() * tile.len()];
             let ptr = sums[(tile.start - self.rows.start) * NR..].as_mut_ptr();
             let out = TileOut { ptr, stride: NR, accumulate: steps.start > 0 };
             // SAFETY: `sums` holds `NR` floats for each row.
-            unsafe { P::tile(isa, tile.len(), left, right, out) };
+            unsafe { P::tile(isa, tile.len(), left, right, out, next.piece()) };
         }
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Memory that later products read, of which every tile until then fetches a piece.
+pub(crate) struct Upcoming<'a> {
+    parts: [&'a [u8]; 2],
+    piece: usize,
+}
+
+impl<'a> Upcoming<'a> {
+    pub(crate) fn none() -> Self {
+        Self { parts: [&[]; 2], piece: 0 }
+    }
+
+    /// Two stretches of memory, fetched while `tiles` tiles are multiplied.
+    pub(crate) fn new<T: Plain>(parts: [&'a [T]; 2], tiles: usize) -> Self {
+        // SAFETY: plain values have no padding, and bytes no alignment.
+        let bytes = |part: &'a [T]| unsafe {
+            std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(part))
+        };
+        let parts = parts.map(bytes);
+        let piece = (parts[0].len() + parts[1].len()).div_ceil(tiles.max(1)).next_multiple_of(LINE);
+        Self { parts, piece }
+    }
+
+    /// What the next tile is to fetch.
+    fn piece(&mut self) -> &'a [u8] {
+        let part = if self.parts[0].is_empty() { &mut self.parts[1] } else { &mut self.parts[0] };
+        let (now, later) = part.split_at(self.piece.min(part.len()));
+        *part = later;
+        now
     }
 }
 
@@ -429,7 +463,7 @@ pub(crate) fn prefetch<T>(values: &[T]) {
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         let bytes = size_of_val(values);
-        for line in (0..bytes).step_by(64) {
+        for line in (0..bytes).step_by(LINE) {
             // SAFETY: the address lies in the slice; a prefetch has no other effect.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().add(line)) };
         }

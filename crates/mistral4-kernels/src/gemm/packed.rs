@@ -1,7 +1,7 @@
 //! Weights packed once: frozen bf16 matrices in the order in which products read them.
 use super::{
-    Bf16Pair, MR, NR, Panel, Target, multiply_packed, pack_lanes, pack_left, row_parts, streamed_rows, tiles,
-    write_rows,
+    Bf16Pair, MR, NR, Panel, Target, Upcoming, multiply_packed, pack_lanes, pack_left, row_parts,
+    streamed_rows, tiles, write_rows,
 };
 use crate::element::Element;
 use crate::isa::Isa;
@@ -166,7 +166,12 @@ pub fn packed_linear<X: Element, Y: Element>(rows: usize, x: &[X], weight: &Pack
         let mut sums = scratch::take::<f32>(rows.len() * NR);
         for panel in first..(first + chunk).min(panels(outputs)) {
             let right = weight.panels(0, panel..panel + 1);
-            multiply_packed(isa, &left, rows.clone(), inputs, [right].into_iter(), &mut || (), &mut sums);
+            let mut next = match rows.len() > MR && panel + 1 < panels(outputs) {
+                true => Upcoming::new([weight.panels(0, panel + 1..panel + 2), &[]], rows.len().div_ceil(MR)),
+                // What passes by once is fetched as fast without being asked for.
+                false => Upcoming::none(),
+            };
+            multiply_packed(isa, &left, rows.clone(), inputs, [right].into_iter(), &mut next, &mut sums);
             let columns = NR.min(outputs - panel * NR);
             let target = Target { first: rows.start * outputs + panel * NR, stride: outputs, columns };
             // SAFETY: each task owns its rectangle.

@@ -7,9 +7,9 @@ use crate::isa::Isa;
 use crate::scratch::Plain;
 use half::bf16;
 
-use super::portable;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use super::{portable, prefetch};
 
 /// Most rows of a left tile: 12 x 32 accumulators fill 24 of the 32 AVX-512 registers.
 pub(crate) const MR: usize = 12;
@@ -41,11 +41,11 @@ pub(crate) trait Panel: Plain + Default + Send + Sync + 'static {
     /// Packs `STEP` elements; missing ones are zero.
     fn pack<T: Element>(first: T, second: Option<T>) -> Self;
 
-    /// `out[rows, NR] (+)= a^T b` with `a: [steps, rows]` and `b: [steps, NR]`.
+    /// `out[rows, NR] (+)= a^T b` with `a: [steps, rows]` and `b: [steps, NR]`; meanwhile `next` is asked for from memory.
     ///
     /// # Safety
     /// `out` addresses `rows` rows of `NR` writable floats, not aliased.
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut);
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]);
 }
 
 /// Checks the shapes that every tile kernel relies on.
@@ -62,17 +62,20 @@ impl Panel for f32 {
         first.to_f32()
     }
 
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut) {
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]) {
         check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: shapes are checked above, `out` by the caller, instructions by `Isa`.
             Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
-                avx512::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out);
+                avx512::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out, next);
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out) },
+            Isa::Avx2 => unsafe {
+                prefetch(next);
+                avx2::tile_f32(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out);
+            },
             // SAFETY: as above.
             _ => unsafe { portable::tile_f32(rows, a, b, out) },
         }
@@ -88,13 +91,13 @@ impl Panel for Bf16Pair {
         Self(bits(first) | second.map_or(0, |x| bits(x) << 16))
     }
 
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut) {
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]) {
         check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: shapes are checked above, `out` by the caller, instructions by `Isa`.
             Isa::Avx512Bf16 => unsafe {
-                avx512::tile_bf16(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out);
+                avx512::tile_bf16(rows, b.len() / NR, a.as_ptr(), b.as_ptr(), out, next);
             },
             // SAFETY: as above.
             _ => unsafe { portable::tile_bf16(rows, a, b, out) },
