@@ -12,6 +12,7 @@
 
 mod add;
 mod attention;
+mod decode;
 mod element;
 mod experts;
 mod gemm;
@@ -21,6 +22,7 @@ mod norm;
 mod optimizer;
 mod parallel;
 mod peaks;
+mod phases;
 mod quantized;
 mod rope;
 mod router;
@@ -35,6 +37,10 @@ pub use attention::{
     Attention, AttentionDims, AttentionGrads, AttentionSaved, LatentAttention, LatentDims, MlaAttention,
     MlaDims, MlaGrads, Segment, attention, attention_backward, latent_attention, mla_attention,
     mla_attention_backward,
+};
+pub use decode::{
+    DecodeAttentionDims, DecodeExperts, DecodeLayer, DecodeMla, DecodeMlp, DecodeNorm, DecodeToken,
+    DecodeWeight, Rotary, decode_layer,
 };
 pub use element::{Element, Index};
 pub use experts::{

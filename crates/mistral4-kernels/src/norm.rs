@@ -30,7 +30,7 @@ pub fn rms_norm<X: Element, W: Element>(x: &[X], weight: &[W], eps: f32, y: &mut
 }
 
 per_isa! {
-    fn forward_rows<X: Element, W: Element>(x: &[X], weight: &[W], eps: f32, y: &mut [X], rstd: &mut [f32])
+    pub(crate) fn forward_rows<X: Element, W: Element>(x: &[X], weight: &[W], eps: f32, y: &mut [X], rstd: &mut [f32])
         = forward_rows_body;
 }
 

@@ -49,4 +49,11 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
     }
+
+    /// # Safety
+    /// Nobody borrows the slice mutably while this borrow lives.
+    pub(crate) unsafe fn read(&self) -> &'a [T] {
+        // SAFETY: the whole slice, not aliased mutably by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
 }

@@ -42,6 +42,18 @@ pub fn rope<X: Element>(
     });
 }
 
+/// [`rope`] of one token on this thread, without checks of sizes.
+pub(crate) fn rotate_token<X: Element>(
+    isa: Isa,
+    dims: RopeDims,
+    [cos, sin]: [&[f32]; 2],
+    scale: f32,
+    x: &[X],
+    y: &mut [X],
+) {
+    rotate(isa, dims, Token { index: 0, cos, sin, scale }, x, y);
+}
+
 per_isa! {
     /// Rotates the heads of one token.
     fn rotate<X: Element>(dims: RopeDims, token: Token<'_>, x: &[X], y: &mut [X]) = rotate_body;

@@ -51,6 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rotary: RotaryEmbedding::new(&config.text).tables(&positions, &device),
         mask: AttentionMask::Segments(segments.into()),
         token_mask: None,
+        output_routing: false,
     };
     for pass in ["first", "second"] {
         let started = Instant::now();

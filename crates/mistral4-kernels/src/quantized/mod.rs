@@ -14,12 +14,14 @@ mod parts;
 mod product;
 mod quantize;
 
+pub(crate) use activations::Activations;
 pub use experts::{QuantizedExperts, quantized_experts, quantized_experts_backward};
 pub use linear::{
     quantized_grouped_linear, quantized_grouped_linear_backward_input, quantized_linear,
     quantized_linear_backward_input,
 };
 pub use matrix::{Bits, QuantizedMatrix, Scales, Scheme, StackDims};
+pub(crate) use product::product;
 pub use quantize::QuantizeError;
 
 /// Rows of a panel: as many as an AVX-512 register has 32-bit lanes.

@@ -2,7 +2,7 @@
 use crate::{Activation, Element, ExpertDims, ExpertGrads, Experts, Index};
 
 /// Value and derivative of an activation.
-fn activate(activation: Activation, x: f64) -> (f64, f64) {
+pub(super) fn activate(activation: Activation, x: f64) -> (f64, f64) {
     use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, PI};
     match activation {
         Activation::Silu => {

@@ -1,5 +1,6 @@
 //! Plain scalar twins of the kernels: slow, simple, and what the kernels are tested against.
 mod attention;
+mod decode;
 mod experts;
 mod gemm;
 mod loss;
@@ -10,6 +11,7 @@ mod rope;
 mod router;
 
 pub use attention::{attention, attention_backward, latent_attention};
+pub use decode::decode_layer;
 pub use experts::{gated, gated_backward, moe_experts, moe_experts_backward};
 pub use gemm::gemm;
 pub use loss::linear_cross_entropy;

@@ -1,5 +1,6 @@
 //! Every kernel against its plain twin, on every instruction set of this processor.
 mod attention;
+mod decode;
 mod elementwise;
 mod experts;
 mod gemm;

@@ -110,6 +110,16 @@ impl LatentCache {
 }
 
 impl LayerCache {
+    /// What earlier passes left, if they left anything.
+    ///
+    /// # Shapes
+    /// - output: `[B, length, R + rope]`
+    #[cfg(feature = "flex")]
+    pub(crate) fn filled(&self) -> Option<Tensor<3>> {
+        let latent = self.latent.as_ref().filter(|_| self.length > 0)?;
+        Some(latent.clone().slice_dim(1, 0..self.length))
+    }
+
     /// Appends the latents of new tokens and returns all.
     ///
     /// # Shapes

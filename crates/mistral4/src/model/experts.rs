@@ -27,7 +27,7 @@ pub struct Experts {
     /// Adapters of `down_proj`.
     pub down_proj_lora: Option<ExpertLora>,
     #[module(skip)]
-    act: Activation,
+    pub(super) act: Activation,
 }
 
 impl Experts {

@@ -75,6 +75,16 @@ impl Gate {
         })
     }
 
+    /// Sizes and rules of routing `tokens` tokens.
+    pub(super) fn dims(&self, tokens: usize) -> RouterDims {
+        self.spec.dims(tokens)
+    }
+
+    /// Whether tokens go to experts in turn.
+    pub(super) fn is_fake_balanced(&self) -> bool {
+        self.spec.options.fake_balanced_gate
+    }
+
     /// Experts, and how many of them a token goes to.
     pub(super) fn choices(&self) -> (usize, usize) {
         (self.spec.experts, self.spec.top_k)

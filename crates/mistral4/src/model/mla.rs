@@ -12,6 +12,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{DType, Tensor};
 use mistral4_checkpoint::config::Config;
+use mistral4_kernels::DecodeAttentionDims;
 
 use crate::error::Result;
 use crate::model::cache::LayerCache;
@@ -61,7 +62,7 @@ pub struct Mla {
     shape: MlaShape,
     /// Ranks that hold some of the heads each.
     #[module(skip)]
-    tensor_group: Option<Arc<dyn Group>>,
+    pub(super) tensor_group: Option<Arc<dyn Group>>,
 }
 
 /// Sizes and scale of the attention.
@@ -134,6 +135,11 @@ impl Mla {
         let projections = [&mut self.q_proj, &mut self.q_a_proj, &mut self.q_b_proj];
         let always = [&mut self.kv_a_proj_with_mqa, &mut self.o_proj];
         projections.into_iter().flatten().chain(always).for_each(|linear| linear.weight.pack());
+    }
+
+    pub(super) fn decode_dims(&self) -> DecodeAttentionDims {
+        let MlaShape { heads, nope, rope, v: value_dim, rank, softmax_scale, interleaved } = self.shape;
+        DecodeAttentionDims { heads, nope, rope, rank, value_dim, interleaved, scale: softmax_scale as f32 }
     }
 
     /// Leaves each rank of `group` its part of the heads.

@@ -22,7 +22,7 @@ pub struct Mlp {
     /// `[D, F]`
     pub down_proj: Linear,
     #[module(skip)]
-    act: Activation,
+    pub(super) act: Activation,
     /// Ranks that hold a part of F each.
     #[module(skip)]
     pub(crate) tensor_group: Option<Arc<dyn Group>>,

@@ -126,7 +126,7 @@ impl Mistral4Model {
             },
         };
         let token_mask = inputs.attention_mask.clone().filter(|mask| mask.contains(&false));
-        Ok(LayerContext { rotary, mask, token_mask })
+        Ok(LayerContext { rotary, mask, token_mask, output_routing: true })
     }
 
     /// Adds `factor * sign(mean load - load)` to each layer's `e_score_correction_bias`.
@@ -192,7 +192,8 @@ impl Mistral4ForCausalLM {
         mut cache: Option<&mut LatentCache>,
         options: &ForwardOptions,
     ) -> Result<ModelOutput> {
-        let context = self.model.context(inputs, cache.as_deref_mut())?;
+        let mut context = self.model.context(inputs, cache.as_deref_mut())?;
+        context.output_routing = options.output_routing;
         let replay = options.router_replay.as_ref();
         if let Some(replay) = replay {
             replay.check(&self.model, 0..self.model.layers.len(), inputs.layout.tokens())?;

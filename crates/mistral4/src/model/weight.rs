@@ -47,12 +47,12 @@ pub struct Packed {
 }
 
 /// Whether packing pays for a dense weight: it is bf16, and the CPU kernels compute with it.
-fn packs<const D: usize>(weight: &Tensor<D>) -> bool {
+pub(super) fn packs<const D: usize>(weight: &Tensor<D>) -> bool {
     weight.dtype() == DType::BF16 && ops::is_fused(&weight.device()) && PackedMatrix::is_fast()
 }
 
 /// The values of a bf16 tensor.
-fn bf16_values<const D: usize>(weight: Tensor<D>) -> Vec<bf16> {
+pub(super) fn bf16_values<const D: usize>(weight: Tensor<D>) -> Vec<bf16> {
     weight.inner().into_data().try_into_vec().expect("the dtype was checked")
 }
 

@@ -12,3 +12,13 @@ pub fn apply<const D: usize>(activation: Activation, x: Tensor<D>) -> Tensor<D> 
         Activation::Relu => burn_activation::relu(x),
     }
 }
+
+/// The same function by the kernels' name.
+pub(crate) fn kernel_activation(activation: Activation) -> mistral4_kernels::Activation {
+    match activation {
+        Activation::Silu => mistral4_kernels::Activation::Silu,
+        Activation::Gelu => mistral4_kernels::Activation::Gelu,
+        Activation::GeluTanh => mistral4_kernels::Activation::GeluTanh,
+        Activation::Relu => mistral4_kernels::Activation::Relu,
+    }
+}

@@ -9,7 +9,9 @@ use half::bf16;
 use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
+use super::activation::kernel_activation;
 use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, RmsNormSaved};
+use super::decode::DecodeWeights;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec};
@@ -152,15 +154,6 @@ fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
     kernels::ExpertDims { tokens, top_k, experts, hidden, inter: both / 2 }
 }
 
-pub(super) fn kernel_activation(activation: Activation) -> kernels::Activation {
-    match activation {
-        Activation::Silu => kernels::Activation::Silu,
-        Activation::Gelu => kernels::Activation::Gelu,
-        Activation::GeluTanh => kernels::Activation::GeluTanh,
-        Activation::Relu => kernels::Activation::Relu,
-    }
-}
-
 impl FusedOps for Flex {
     fn linear(x: F, weight: F) -> F {
         let dims = linear_dims(&x, &weight);
@@ -218,6 +211,21 @@ impl FusedOps for Flex {
             kernels::packed_experts(&experts, &mut out);
             tensor(out, x.shape())
         }))
+    }
+
+    fn decode_layer(x: F, cos: F, sin: F, query_scale: f32, cached: F, kv_b: F, weights: DecodeWeights) -> F {
+        let (hidden, width) = (weights.hidden(), weights.slot_width());
+        let [x, cos, sin, cached, kv_b] = [x, cos, sin, cached, kv_b].map(|t| t.to_contiguous());
+        let mut both = output::<bf16>(hidden + width);
+        let (out, own) = both.split_at_mut(hidden);
+        let token = kernels::DecodeToken {
+            x: slice(&x),
+            rotary: kernels::Rotary { cos: slice(&cos), sin: slice(&sin), query_scale },
+            cached: slice(&cached),
+            kv_b: slice(&kv_b),
+        };
+        kernels::decode_layer(&weights, &token, out, own);
+        tensor(both, [1, hidden + width])
     }
 
     fn routing_weights(logits: F, indices: I, dims: kernels::RouterDims) -> F {

@@ -8,6 +8,7 @@ pub mod activation;
 mod autodiff;
 pub mod collective;
 pub mod composite;
+pub mod decode;
 #[cfg(feature = "flex")]
 mod extension;
 #[cfg(feature = "flex")]

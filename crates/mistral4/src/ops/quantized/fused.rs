@@ -13,7 +13,8 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
 use super::{QuantizedExpertWeights, QuantizedWeight};
-use crate::ops::flex::{by_dtype, kernel_activation, output, slice, tensor, with_ints};
+use crate::ops::activation::kernel_activation;
+use crate::ops::flex::{by_dtype, output, slice, tensor, with_ints};
 
 /// Operations with quantised weights; see the functions in [`super`].
 #[backend_extension(Flex, Autodiff)]

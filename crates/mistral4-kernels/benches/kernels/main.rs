@@ -3,6 +3,8 @@
 //! Throughput is in floating-point operations per second, except for `matvec`, `quantized` with few rows, the
 //! decoding cases and `optimizer`, which memory limits: there it is bytes of weights (or cache, or states) per second.
 //! `MISTRAL4_ISA` picks an instruction set, `RAYON_NUM_THREADS` the threads. The machine's peaks are printed first.
+mod packed;
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mistral4_kernels::{
     Activation, AdamW, AdamW8bitState, AdamWState, Attention, AttentionDims, AttentionGrads, AttentionSaved,
@@ -14,7 +16,7 @@ use mistral4_kernels::{
 };
 use std::time::Duration;
 
-fn values<T: Element>(len: usize) -> Vec<T> {
+pub(crate) fn values<T: Element>(len: usize) -> Vec<T> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = || {
         state ^= state << 13;
@@ -281,6 +283,9 @@ fn kernels(c: &mut Criterion) {
     matvec::<f32>(c);
     experts(c);
     quantized_linears(c);
+    packed::linears(c);
+    packed::experts(c);
+    packed::decoded_layers(c);
     attentions(c);
     optimizer(c);
 }
