@@ -2,6 +2,8 @@
 
 mod adamw;
 mod dynamic8;
+#[cfg(target_arch = "x86_64")]
+mod dynamic8_avx512;
 
 use crate::element::Element;
 use crate::isa::Isa;

@@ -252,28 +252,39 @@ pub fn adamw_step_8bit<G: Element>(hyper: &AdamW, step: u64, state: AdamW8bitSta
 
 const _: () = assert!(CHUNK.is_multiple_of(BLOCK_8BIT));
 
-per_isa! {
-    fn step_block<G: Element>(
-        c: Coefficients,
-        param: &mut [f32],
-        grad: &[G],
-        moments: [(&mut [u8], &mut f32); 2],
-    ) = step_block_body;
-}
-
-#[inline(always)]
-fn step_block_body<G: Element, const FMA: bool>(
+/// Steps a block of at most [`BLOCK_8BIT`] elements.
+fn step_block<G: Element>(
+    isa: Isa,
     c: Coefficients,
     param: &mut [f32],
     grad: &[G],
     [first, second]: [(&mut [u8], &mut f32); 2],
 ) {
     let (mut m, mut v) = ([0.0f32; BLOCK_8BIT], [0.0f32; BLOCK_8BIT]);
-    dequantize_block(DynamicMap::Signed, first.0, *first.1, &mut m);
-    dequantize_block(DynamicMap::Unsigned, second.0, *second.1, &mut v);
-    for (((p, g), m), v) in param.iter_mut().zip(grad).zip(&mut m).zip(&mut v) {
+    dequantize_block(isa, DynamicMap::Signed, first.0, *first.1, &mut m);
+    dequantize_block(isa, DynamicMap::Unsigned, second.0, *second.1, &mut v);
+    step_widened(isa, c, param, grad, [&mut m, &mut v]);
+    *first.1 = quantize_block(isa, DynamicMap::Signed, &m, first.0);
+    *second.1 = quantize_block(isa, DynamicMap::Unsigned, &v, second.0);
+}
+
+per_isa! {
+    fn step_widened<G: Element>(
+        c: Coefficients,
+        param: &mut [f32],
+        grad: &[G],
+        moments: [&mut [f32; BLOCK_8BIT]; 2],
+    ) = step_widened_body;
+}
+
+#[inline(always)]
+fn step_widened_body<G: Element, const FMA: bool>(
+    c: Coefficients,
+    param: &mut [f32],
+    grad: &[G],
+    [m, v]: [&mut [f32; BLOCK_8BIT]; 2],
+) {
+    for (((p, g), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
         (*p, *m, *v) = c.apply::<FMA>(*p, g.to_f32(), *m, *v);
     }
-    *first.1 = quantize_block::<FMA>(DynamicMap::Signed, &m, first.0);
-    *second.1 = quantize_block::<FMA>(DynamicMap::Unsigned, &v, second.0);
 }

@@ -6,8 +6,11 @@
 
 use std::hint::black_box;
 
+#[cfg(target_arch = "x86_64")]
+use super::dynamic8_avx512;
+use crate::isa::Isa;
 use crate::parallel::Shared;
-use crate::vector::mul_add;
+use crate::vector::{mul_add, per_isa};
 
 /// Elements that share a largest magnitude.
 pub const BLOCK_8BIT: usize = 256;
@@ -57,6 +60,14 @@ impl DynamicMap {
         match self {
             DynamicMap::Signed => 127,
             DynamicMap::Unsigned => 0,
+        }
+    }
+
+    /// The runs of evenly spaced fractions, in rising order.
+    pub(super) fn levels(self) -> &'static [Level; LEVELS] {
+        match self {
+            DynamicMap::Signed => &SIGNED,
+            DynamicMap::Unsigned => &UNSIGNED,
         }
     }
 
@@ -113,14 +124,14 @@ const fn fractions(map: DynamicMap) -> [f32; 256] {
 
 /// A run of evenly spaced fractions.
 #[derive(Clone, Copy)]
-struct Level {
+pub(super) struct Level {
     /// Where numbers begin to be nearer to this run than to the one below.
-    from: f32,
+    pub(super) from: f32,
     /// Steps above 0 of the nearest fraction are `slope * x + offset`, rounded down, from `first` to `last`.
-    slope: f32,
-    offset: f32,
-    first: f32,
-    last: f32,
+    pub(super) slope: f32,
+    pub(super) offset: f32,
+    pub(super) first: f32,
+    pub(super) last: f32,
 }
 
 impl Level {
@@ -131,9 +142,9 @@ impl Level {
     }
 }
 
-const LEVELS: usize = DECADES + 2;
-const SIGNED: [Level; LEVELS] = levels(DynamicMap::Signed);
-const UNSIGNED: [Level; LEVELS] = levels(DynamicMap::Unsigned);
+pub(super) const LEVELS: usize = DECADES + 2;
+static SIGNED: [Level; LEVELS] = levels(DynamicMap::Signed);
+static UNSIGNED: [Level; LEVELS] = levels(DynamicMap::Unsigned);
 
 const fn levels(map: DynamicMap) -> [Level; LEVELS] {
     let mut levels = [Level { from: 0.0, slope: 0.0, offset: 0.0, first: 0.0, last: 0.0 }; LEVELS];
@@ -162,10 +173,36 @@ const fn levels(map: DynamicMap) -> [Level; LEVELS] {
     levels
 }
 
+/// The largest magnitude of a block as it is kept, and its reciprocal.
+#[inline(always)]
+pub(super) fn scale(absmax: f32) -> (f32, f32) {
+    // Below this, the reciprocal would be infinite.
+    if absmax < 4.0 * f32::MIN_POSITIVE { (0.0, 0.0) } else { (absmax, 1.0 / absmax) }
+}
+
 /// Widens a block's codes; the rest of `to` stays.
+pub(super) fn dequantize_block(
+    isa: Isa,
+    map: DynamicMap,
+    codes: &[u8],
+    absmax: f32,
+    to: &mut [f32; BLOCK_8BIT],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: the processor has the instructions.
+        return unsafe { dynamic8_avx512::dequantize_block(map, codes, absmax, to) };
+    }
+    widen(isa, map, codes, absmax, to);
+}
+
+per_isa! {
+    fn widen(map: DynamicMap, codes: &[u8], absmax: f32, to: &mut [f32; BLOCK_8BIT]) = widen_body;
+}
+
 #[allow(clippy::needless_range_loop, reason = "plain loops are vectorised")]
 #[inline(always)]
-pub(super) fn dequantize_block(map: DynamicMap, codes: &[u8], absmax: f32, to: &mut [f32; BLOCK_8BIT]) {
+fn widen_body<const FMA: bool>(map: DynamicMap, codes: &[u8], absmax: f32, to: &mut [f32; BLOCK_8BIT]) {
     let fractions = map.fractions();
     for i in 0..codes.len().min(BLOCK_8BIT) {
         to[i] = fractions[codes[i] as usize] * absmax;
@@ -176,14 +213,23 @@ pub(super) fn dequantize_block(map: DynamicMap, codes: &[u8], absmax: f32, to: &
 ///
 /// Each number becomes the nearest one that has a code, but a positive number of the unsigned map never becomes 0: a
 /// second moment of 0 under a first moment that is not would make a step of any size.
+pub(super) fn quantize_block(isa: Isa, map: DynamicMap, from: &[f32; BLOCK_8BIT], codes: &mut [u8]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: the processor has the instructions.
+        return unsafe { dynamic8_avx512::quantize_block(map, from, codes) };
+    }
+    narrow(isa, map, from, codes)
+}
+
+per_isa! {
+    fn narrow(map: DynamicMap, from: &[f32; BLOCK_8BIT], codes: &mut [u8]) -> f32 = narrow_body;
+}
+
 #[allow(clippy::needless_range_loop, reason = "plain loops are vectorised; closures in iterators are not")]
 #[inline(always)]
-pub(super) fn quantize_block<const FMA: bool>(
-    map: DynamicMap,
-    from: &[f32; BLOCK_8BIT],
-    codes: &mut [u8],
-) -> f32 {
-    /// Lanes that are worked on at once: a register of AVX-512.
+fn narrow_body<const FMA: bool>(map: DynamicMap, from: &[f32; BLOCK_8BIT], codes: &mut [u8]) -> f32 {
+    /// Lanes that are worked on at once.
     const LANES: usize = 16;
     let mut largest = [0.0f32; LANES];
     for part in from.as_chunks::<LANES>().0 {
@@ -192,11 +238,9 @@ pub(super) fn quantize_block<const FMA: bool>(
         }
     }
     let absmax = largest.iter().fold(0.0f32, |a, &b| a.max(b));
-    // Below this, the reciprocal would be infinite.
-    let absmax = if absmax < 4.0 * f32::MIN_POSITIVE { 0.0 } else { absmax };
-    let inverse = if absmax == 0.0 { 0.0 } else { 1.0 / absmax };
+    let (absmax, inverse) = scale(absmax);
     // What the compiler knows of the levels it turns into branches, lane by lane.
-    let levels = black_box(if map == DynamicMap::Signed { &SIGNED } else { &UNSIGNED });
+    let levels = black_box(map.levels());
     let mut all = [0u8; BLOCK_8BIT];
     for (part, codes) in from.as_chunks::<LANES>().0.iter().zip(all.as_chunks_mut::<LANES>().0) {
         let mut x = [0.0f32; LANES];
