@@ -132,12 +132,13 @@ class Field:
         """What a parameter keeps beside its value, in training."""
         if contender.family != OURS or contender.format == "f32":
             return f"{contender.format} moments"
-        return ("bf16" if self._has_state_dtype else "f32") + " moments, f32 master"
+        moments = "bf16 moments" if "--state-dtype" in self._offered else "f32 moments"
+        return moments if "--no-master-weights" in self._offered else f"{moments}, f32 master"
 
     @cached_property
-    def _has_state_dtype(self) -> bool:
-        run = subprocess.run([self.options.binary, "bench", "--help"], check=True, capture_output=True, text=True)
-        return "--state-dtype" in run.stdout
+    def _offered(self) -> str:
+        """What our binary, which may be an older one, says of its options."""
+        return subprocess.run([self.options.binary, "bench", "--help"], check=True, capture_output=True, text=True).stdout
 
     def _arguments(self, contender: Contender, repetitions: int) -> list[object]:
         options = self.options
@@ -146,18 +147,19 @@ class Field:
         arguments += ["--threads", options.threads, "--repetitions", repetitions]
         if contender.format == "int4":
             arguments += ["--quantize-lm-head", f"int{options.head_bits}"]
-        if self.mode == "train" and self._has_state_dtype:
-            # As torch's optimizer has them beside bf16 parameters.
-            arguments += ["--state-dtype", "bf16"]
+        if self.mode == "train":
+            # What torch's optimizer keeps of bf16 parameters: bf16 moments alone.
+            for option in [["--state-dtype", "bf16"], ["--no-master-weights"]]:
+                arguments += option if option[0] in self._offered else []
         return arguments
 
     def _bytes(self, contender: Contender) -> float:
         """Memory of weights, gradients, optimizer and libraries."""
         value = BYTES_OF_VALUE[contender.format]
         if self.mode.startswith("train"):
-            # Gradient and two moments; ours have f32 gradients and masters beside bf16 values.
+            # Value, gradient and two moments; ours may have a master in f32.
             value = 4 * value
-            if contender.family == OURS and contender.format == "bf16":
-                value = 14 if self._has_state_dtype else 18
+            if contender.family == OURS and "master" in self.states(contender):
+                value = 14 if "--state-dtype" in self._offered else 18
         libraries = TORCH_BYTES if contender.family in ("transformers", "NeMo AutoModel") else 0.0
         return self.parameters * value + libraries

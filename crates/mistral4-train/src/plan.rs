@@ -8,10 +8,11 @@ use mistral4_checkpoint::weights::names::{TensorKind, tensors};
 use mistral4_checkpoint::weights::{DType, WeightFormat};
 
 use crate::error::{Error, Result};
+use crate::optim::ParameterState;
 use crate::parallel::MeshShape;
 use crate::parallel::holdings::{Division, stays_quantized};
 use crate::parallel::sharding::is_kept_whole;
-use crate::recipe::{Recipe, Strategy};
+use crate::recipe::{OptimizerConfig, Recipe, Strategy};
 use crate::setup::{Base, frozen};
 
 /// Memory of one rank, in bytes, besides activations.
@@ -160,11 +161,11 @@ fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
     }
     let is_sharded = recipe.distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
     let division = Division::new(*mesh, is_sharded, &config.config, recipe.distributed.pipeline)?;
-    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &items));
+    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &items, &recipe.optimizer));
     Ok(ranks.max_by_key(RankMemory::total))
 }
 
-fn rank_memory(division: &Division, rank: usize, items: &[Item]) -> RankMemory {
+fn rank_memory(division: &Division, rank: usize, items: &[Item], optimizer: &OptimizerConfig) -> RankMemory {
     let mut memory = RankMemory::default();
     let mut layers: HashMap<&str, u64> = HashMap::new();
     for Item { key, shape, width, quantized_bits, is_trained } in items {
@@ -176,7 +177,8 @@ fn rank_memory(division: &Division, rank: usize, items: &[Item]) -> RankMemory {
         memory.weights += bytes(kept);
         if *is_trained {
             memory.gradients += kept * 4;
-            memory.optimizer += kept * if *width < 4 { 12 } else { 8 };
+            let of_value = ParameterState::expected_bytes(optimizer, key, shape, *width < 4);
+            memory.optimizer += (kept as f64 * of_value) as u64;
         }
         // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
         let layer = key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());

@@ -189,6 +189,32 @@ fn small_states_train_alike() {
     }
 }
 
+/// Without a master, steps far below a bf16 parameter's precision still add up, and a model learns as well.
+#[test]
+fn bf16_parameters_learn_without_masters() {
+    for state_dtype in [StateDtype::F32, StateDtype::Bf16, StateDtype::Int8] {
+        let bare = OptimizerConfig { master_weights: false, ..config(state_dtype) };
+        let mut optimizer = Optimizer::new(bare.clone());
+        let mut values = vec![bf16::ONE; 4096];
+        // Each step is 1/8 of half the distance to the next number below 1.
+        let factors = StepFactors { lr: 2.0f64.powi(-12), weight_decay: 0.0, grad_scale: 1.0 };
+        for _ in 0..64 {
+            optimizer.begin_step();
+            optimizer.update_slice("w", &[4096], Values::Bf16(&mut values), &vec![1.0f32; 4096], factors);
+        }
+        assert!(optimizer.state().parameters["w"].master.is_none());
+        let mean = values.iter().map(|value| value.to_f32()).sum::<f32>() / 4096.0;
+        let want = 1.0 - 64.0 * 2.0f32.powi(-12);
+        assert!((mean - want).abs() < 0.1 * (1.0 - want), "{state_dtype:?}: {mean} is not {want}");
+
+        let full = losses(config(state_dtype), weights::DType::BF16, 12);
+        let bare = losses(bare, weights::DType::BF16, 12);
+        for (full, bare) in full.iter().zip(&bare) {
+            assert!((full - bare).abs() < 0.05 * full, "{state_dtype:?}: {bare} against {full}");
+        }
+    }
+}
+
 /// Parameters and states are changed where they lie: no clone of them is made.
 #[test]
 fn a_step_moves_no_memory() {

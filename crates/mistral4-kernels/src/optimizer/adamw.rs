@@ -46,9 +46,9 @@ pub struct AdamWState<'a, P, G, S> {
 
 /// Slices of one parameter with 8-bit moments, or of a part of it that begins at a multiple of [`BLOCK_8BIT`].
 #[derive(Debug)]
-pub struct AdamW8bitState<'a, G> {
-    /// Parameter in full precision.
-    pub param: &'a mut [f32],
+pub struct AdamW8bitState<'a, P, G> {
+    /// Parameter, in full precision where it has a rounded copy.
+    pub param: &'a mut [P],
     /// Where the parameter is rounded to, if it is kept in bf16 as well.
     pub rounded: Option<&'a mut [bf16]>,
     /// Gradient.
@@ -121,8 +121,8 @@ fn hash(x: u32) -> u32 {
 
 /// Adam step `step` (counted from 1) on a parameter, computed in `f32`.
 ///
-/// bf16 moments are rounded up or down at random, as often as keeps their mean right: rounded to nearest, a second
-/// moment would never follow changes of less than 1/512. The random numbers are a function of the step and the
+/// bf16 moments and parameters are rounded up or down at random, as often as keeps their mean right: rounded to nearest,
+/// a second moment would never follow changes of less than 1/512, nor a parameter small steps. The random numbers are a function of the step and the
 /// element's place in the slice.
 ///
 /// # Panics
@@ -195,21 +195,22 @@ fn step_chunk_body<P: Element, G: Element, S: Element, const FMA: bool>(
     for ((((p, g), m), v), i) in param.iter_mut().zip(grad).zip(exp_avg).zip(exp_avg_sq).zip(0u32..) {
         let (param, first, second) = c.apply::<FMA>(p.to_f32(), g.to_f32(), m.to_f32(), v.to_f32());
         // One number is enough for both moments: each takes 16 of its bits.
-        let random = if S::IS_BF16 { hash(c.seed.wrapping_add(start.wrapping_add(i))) } else { 0 };
-        *p = P::from_f32(param);
+        let random =
+            if S::IS_BF16 || P::IS_BF16 { hash(c.seed.wrapping_add(start.wrapping_add(i))) } else { 0 };
+        *p = P::from_f32_random(param, if P::IS_BF16 { hash(random) as u16 } else { 0 });
         *m = S::from_f32_random(first, random as u16);
         *v = S::from_f32_random(second, (random >> 16) as u16);
     }
 }
 
 per_isa! {
-    fn round_chunk(from: &[f32], to: &mut [bf16]) = round_chunk_body;
+    fn round_chunk<P: Element>(from: &[P], to: &mut [bf16]) = round_chunk_body;
 }
 
 #[inline(always)]
-fn round_chunk_body<const FMA: bool>(from: &[f32], to: &mut [bf16]) {
+fn round_chunk_body<P: Element, const FMA: bool>(from: &[P], to: &mut [bf16]) {
     for (to, from) in to.iter_mut().zip(from) {
-        *to = <bf16 as Element>::from_f32(*from);
+        *to = <bf16 as Element>::from_f32(from.to_f32());
     }
 }
 
@@ -220,7 +221,7 @@ fn round_chunk_body<const FMA: bool>(from: &[f32], to: &mut [bf16]) {
 ///
 /// # Panics
 /// When lengths differ or `step` is 0.
-pub fn adamw_step_8bit<G: Element>(hyper: &AdamW, step: u64, state: AdamW8bitState<'_, G>) {
+pub fn adamw_step_8bit<P: Element, G: Element>(hyper: &AdamW, step: u64, state: AdamW8bitState<'_, P, G>) {
     let AdamW8bitState { param, rounded, grad, exp_avg, exp_avg_sq } = state;
     let (c, isa, len) = (hyper.coefficients(step), Isa::active(), param.len());
     assert_eq!(grad.len(), len);
@@ -242,7 +243,7 @@ pub fn adamw_step_8bit<G: Element>(hyper: &AdamW, step: u64, state: AdamW8bitSta
                     rounded.map(|rounded| rounded.slice(part.clone())),
                 )
             };
-            step_block(isa, c, &mut *param, &grad[part], [first, second]);
+            step_block(isa, c, start as u32, (&mut *param, &grad[part]), [first, second]);
             if let Some(rounded) = rounded {
                 round_chunk(isa, param, rounded);
             }
@@ -252,39 +253,20 @@ pub fn adamw_step_8bit<G: Element>(hyper: &AdamW, step: u64, state: AdamW8bitSta
 
 const _: () = assert!(CHUNK.is_multiple_of(BLOCK_8BIT));
 
-/// Steps a block of at most [`BLOCK_8BIT`] elements.
-fn step_block<G: Element>(
+/// Steps a block of at most [`BLOCK_8BIT`] elements, the first of which is element `start`.
+fn step_block<P: Element, G: Element>(
     isa: Isa,
     c: Coefficients,
-    param: &mut [f32],
-    grad: &[G],
+    start: u32,
+    (param, grad): (&mut [P], &[G]),
     [first, second]: [(&mut [u8], &mut f32); 2],
 ) {
     let (mut m, mut v) = ([0.0f32; BLOCK_8BIT], [0.0f32; BLOCK_8BIT]);
     dequantize_block(isa, DynamicMap::Signed, first.0, *first.1, &mut m);
     dequantize_block(isa, DynamicMap::Unsigned, second.0, *second.1, &mut v);
-    step_widened(isa, c, param, grad, [&mut m, &mut v]);
+    let len = param.len();
+    let state = AdamWState { param, grad, exp_avg: &mut m[..len], exp_avg_sq: &mut v[..len] };
+    step_chunk(isa, c, start, state);
     *first.1 = quantize_block(isa, DynamicMap::Signed, &m, first.0);
     *second.1 = quantize_block(isa, DynamicMap::Unsigned, &v, second.0);
-}
-
-per_isa! {
-    fn step_widened<G: Element>(
-        c: Coefficients,
-        param: &mut [f32],
-        grad: &[G],
-        moments: [&mut [f32; BLOCK_8BIT]; 2],
-    ) = step_widened_body;
-}
-
-#[inline(always)]
-fn step_widened_body<G: Element, const FMA: bool>(
-    c: Coefficients,
-    param: &mut [f32],
-    grad: &[G],
-    [m, v]: [&mut [f32; BLOCK_8BIT]; 2],
-) {
-    for (((p, g), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
-        (*p, *m, *v) = c.apply::<FMA>(*p, g.to_f32(), *m, *v);
-    }
 }

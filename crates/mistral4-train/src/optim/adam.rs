@@ -20,20 +20,18 @@ pub(super) fn fused<G: Element>(
 ) -> ParameterState {
     let ParameterState { moments, master } = state;
     let mut master = master.map(Tensor::into_data);
-    let (param, rounded) = match values {
-        Values::F32(values) => (values, None),
-        Values::Bf16(values) => {
-            let master = master.as_mut().expect("bf16 values have a master");
-            (master.as_mut_slice::<f32>().expect("masters are f32"), Some(values))
-        }
+    let param = match (values, master.as_mut()) {
+        (Values::F32(values), _) => Param::F32(values),
+        (Values::Bf16(rounded), Some(master)) => Param::Master(slice(master), rounded),
+        (Values::Bf16(values), None) => Param::Bf16(values),
     };
     let moments = match moments {
         Moments::Float { exp_avg, exp_avg_sq } => {
             let (dtype, device) = (exp_avg.dtype(), exp_avg.device());
             let mut data = [exp_avg.into_data(), exp_avg_sq.into_data()];
             match dtype {
-                DType::BF16 => float::<bf16, G>(hyper, step, (param, rounded), gradient, &mut data),
-                _ => float::<f32, G>(hyper, step, (param, rounded), gradient, &mut data),
+                DType::BF16 => float::<bf16, G>(hyper, step, param, gradient, &mut data),
+                _ => float::<f32, G>(hyper, step, param, gradient, &mut data),
             }
             let [exp_avg, exp_avg_sq] = data.map(|data| Tensor::from_data(data, (&device, dtype)));
             Moments::Float { exp_avg, exp_avg_sq }
@@ -42,17 +40,14 @@ pub(super) fn fused<G: Element>(
             let device = exp_avg.absmax.device();
             let mut data = [exp_avg, exp_avg_sq].map(|q| (q.codes.into_data(), q.absmax.into_data()));
             let [exp_avg, exp_avg_sq] = &mut data;
-            kernels::adamw_step_8bit(
-                hyper,
-                step,
-                AdamW8bitState {
-                    param,
-                    rounded,
-                    grad: gradient,
-                    exp_avg: quantized(exp_avg),
-                    exp_avg_sq: quantized(exp_avg_sq),
-                },
-            );
+            let moments = [quantized(exp_avg), quantized(exp_avg_sq)];
+            match param {
+                Param::F32(param) => int8(hyper, step, (param, None), gradient, moments),
+                Param::Bf16(param) => int8(hyper, step, (param, None), gradient, moments),
+                Param::Master(master, rounded) => {
+                    int8(hyper, step, (master, Some(rounded)), gradient, moments);
+                }
+            }
             let [exp_avg, exp_avg_sq] = data.map(|(codes, absmax)| Quantized {
                 codes: Tensor::<1, Int>::from_data(codes, (&device, DType::U8)),
                 absmax: Tensor::from_data(absmax, (&device, DType::F32)),
@@ -65,18 +60,45 @@ pub(super) fn fused<G: Element>(
     ParameterState { moments, master }
 }
 
+/// A parameter as the step changes it.
+enum Param<'a> {
+    F32(&'a mut [f32]),
+    /// Rounded at random.
+    Bf16(&'a mut [bf16]),
+    /// The master, and the parameter that is rounded from it.
+    Master(&'a mut [f32], &'a mut [bf16]),
+}
+
 fn float<S: Element + BurnElement, G: Element>(
     hyper: &AdamW,
     step: u64,
-    (param, rounded): (&mut [f32], Option<&mut [bf16]>),
+    param: Param<'_>,
     grad: &[G],
     [exp_avg, exp_avg_sq]: &mut [TensorData; 2],
 ) {
-    let state = AdamWState { param, grad, exp_avg: slice::<S>(exp_avg), exp_avg_sq: slice::<S>(exp_avg_sq) };
-    match rounded {
-        Some(rounded) => kernels::adamw_step_master(hyper, step, rounded, state),
-        None => kernels::adamw_step(hyper, step, state),
+    let (exp_avg, exp_avg_sq) = (slice::<S>(exp_avg), slice::<S>(exp_avg_sq));
+    match param {
+        Param::F32(param) => {
+            kernels::adamw_step(hyper, step, AdamWState { param, grad, exp_avg, exp_avg_sq });
+        }
+        Param::Bf16(param) => {
+            kernels::adamw_step(hyper, step, AdamWState { param, grad, exp_avg, exp_avg_sq });
+        }
+        Param::Master(param, rounded) => {
+            let state = AdamWState { param, grad, exp_avg, exp_avg_sq };
+            kernels::adamw_step_master(hyper, step, rounded, state);
+        }
     }
+}
+
+fn int8<P: Element, G: Element>(
+    hyper: &AdamW,
+    step: u64,
+    (param, rounded): (&mut [P], Option<&mut [bf16]>),
+    grad: &[G],
+    [exp_avg, exp_avg_sq]: [Quantized8bit<'_>; 2],
+) {
+    kernels::adamw_step_8bit(hyper, step, AdamW8bitState { param, rounded, grad, exp_avg, exp_avg_sq });
 }
 
 fn quantized((codes, absmax): &mut (TensorData, TensorData)) -> Quantized8bit<'_> {

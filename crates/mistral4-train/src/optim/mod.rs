@@ -94,15 +94,26 @@ impl Optimizer {
     /// Refuses states that a device has no operations for.
     ///
     /// # Errors
-    /// 8-bit states on another device than the CPU.
+    /// 8-bit states, or bf16 parameters without masters, on another device than the CPU.
     pub fn check_device(config: &OptimizerConfig, device: &Device) -> Result<()> {
-        if config.state_dtype == StateDtype::Int8 && !ops::is_fused(device) {
-            return Err(Error::Inconsistent {
-                key: "optimizer".to_owned(),
-                value: "8-bit states".to_owned(),
-                message: "are updated by a kernel of the CPU only; choose exp_avg_dtype: torch.bfloat16 on this device"
-                    .to_owned(),
-            });
+        let refused = |value: &str, message: &str| {
+            let (key, value, message) = ("optimizer".to_owned(), value.to_owned(), message.to_owned());
+            Err(Error::Inconsistent { key, value, message })
+        };
+        if ops::is_fused(device) {
+            return Ok(());
+        }
+        if config.state_dtype == StateDtype::Int8 {
+            return refused(
+                "8-bit states",
+                "are updated by a kernel of the CPU only; choose exp_avg_dtype: torch.bfloat16 on this device",
+            );
+        }
+        if !config.master_weights {
+            return refused(
+                "master_weights: false",
+                "rounds parameters at random, which a kernel of the CPU only does; leave it out on this device",
+            );
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ pub struct OptimizerState {
 pub struct ParameterState {
     /// Running means of the gradient.
     pub moments: Moments,
-    /// The parameter in full precision, where the model holds it in bf16, `[elements]`.
+    /// The parameter in full precision, where the model holds it in bf16 and `master_weights` is on, `[elements]`.
     pub master: Option<Tensor<1>>,
 }
 
@@ -135,7 +135,8 @@ impl ParameterState {
     /// A state without history for some or all values of a parameter of `elements` values.
     pub(super) fn of_tensor(config: &OptimizerConfig, elements: usize, values: &Tensor<1>) -> Self {
         let device = values.device();
-        let master = (values.dtype() != DType::F32).then(|| values.clone().cast(DType::F32));
+        let needs_master = config.master_weights && values.dtype() != DType::F32;
+        let master = needs_master.then(|| values.clone().cast(DType::F32));
         Self { moments: Moments::zeros(config, elements, values.dims()[0], &device), master }
     }
 
@@ -144,6 +145,7 @@ impl ParameterState {
         let device = Device::default();
         let (count, master) = match values {
             Values::F32(values) => (values.len(), None),
+            Values::Bf16(values) if !config.master_weights => (values.len(), None),
             Values::Bf16(values) => {
                 let full: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
                 let data = TensorData::new(full, [values.len()]);
@@ -212,6 +214,18 @@ impl ParameterState {
             StateDtype::Int8 if is_small => "f32 moments",
             StateDtype::Int8 => "8-bit moments",
         }
+    }
+
+    /// Bytes that a state of this configuration takes for each value of a parameter of this whole shape.
+    pub fn expected_bytes(config: &OptimizerConfig, key: &str, shape: &[usize], is_bf16: bool) -> f64 {
+        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
+        let moments = match config.state_dtype {
+            _ if config.muon.is_some() && Group::of(key, shape) == Group::Matrix => 4.0,
+            StateDtype::Bf16 => 4.0,
+            StateDtype::Int8 if !is_small => 2.0 * (1.0 + 4.0 / BLOCK_8BIT as f64),
+            StateDtype::F32 | StateDtype::Int8 => 8.0,
+        };
+        moments + if is_bf16 && config.master_weights { 4.0 } else { 0.0 }
     }
 
     /// What kind of state this is, in words, to compare with another.

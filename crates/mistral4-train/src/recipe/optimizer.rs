@@ -83,6 +83,8 @@ pub struct OptimizerConfig {
     pub state_dtype: StateDtype,
     /// With 8-bit moments, parameters with fewer elements keep f32 ones.
     pub min_8bit_size: usize,
+    /// Whether bf16 parameters have a copy in f32 that small steps add up in; without it, steps are rounded at random.
+    pub master_weights: bool,
     /// Muon for the matrices; `kind` is then for the rest.
     pub muon: Option<MuonConfig>,
     /// Learning rate; the peak when there is a schedule.
@@ -102,6 +104,7 @@ impl Default for OptimizerConfig {
             kind: OptimizerKind::AdamW,
             state_dtype: StateDtype::F32,
             min_8bit_size: 4096,
+            master_weights: true,
             muon: None,
             lr: 1e-3,
             betas: [0.9, 0.999],
@@ -185,6 +188,15 @@ impl OptimizerConfig {
             return Err(s.refuse("exp_avg_sq_dtype", "the same as exp_avg_dtype"));
         }
         let min_8bit_size = s.usize("min_8bit_size", "parameters with fewer elements keep f32 moments")?;
+        let master_weights = s
+            .bool(
+                "master_weights",
+                "bf16 parameters keep an f32 copy; without it, steps are rounded at random",
+            )?
+            .unwrap_or(true);
+        if target == Muon && !master_weights {
+            return Err(s.refuse("master_weights", "true: Muon's steps are not rounded at random"));
+        }
         s.none_of_effect(
             &["foreach", "fused", "capturable", "differentiable", "set_grad_none"],
             "one implementation of the update",
@@ -200,7 +212,7 @@ impl OptimizerConfig {
             ],
             "changes where or how the update is computed, not its result",
         );
-        for (key, needed) in [("bias_correction", "true"), ("master_weights", "true"), ("optim_bits", "8")] {
+        for (key, needed) in [("bias_correction", "true"), ("optim_bits", "8")] {
             s.unsupported_unless(key, "the update always works so", |node| node.to_string() == needed);
         }
         s.unsupported_unless("percentile_clipping", "clip_grad_norm clips", |node| node.to_string() == "100");
@@ -212,7 +224,8 @@ impl OptimizerConfig {
             node.to_string() == if decoupled { "true" } else { "false" }
         });
         s.finish()?;
-        Ok(Self { state_dtype, min_8bit_size: min_8bit_size.unwrap_or(config.min_8bit_size), ..config })
+        let min_8bit_size = min_8bit_size.unwrap_or(config.min_8bit_size);
+        Ok(Self { state_dtype, min_8bit_size, master_weights, ..config })
     }
 }
 

@@ -190,7 +190,7 @@ fn check_states(
                 is.into(),
             ));
         }
-        let needs_master = parameters[key.as_str()].values.dtype() != DType::F32;
+        let needs_master = config.master_weights && parameters[key.as_str()].values.dtype() != DType::F32;
         if needs_master != state.master.is_some() {
             let say = |yes| if yes { "present" } else { "absent" }.to_owned();
             let key = format!("the f32 master of `{key}`");

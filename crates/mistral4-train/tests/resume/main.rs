@@ -83,9 +83,10 @@ fn every_optimizer_goes_on_bit_for_bit() {
             "{_target_: bitsandbytes.optim.AdamW8bit, lr: 1.0e-2, min_8bit_size: 100}",
             "exp_avg_absmax",
         ),
+        ("bare", "{lr: 1.0e-2, master_weights: false, exp_avg_dtype: torch.bfloat16}", "exp_avg"),
         ("muon", "{_target_: dion.Muon, lr: 1.0e-2, nesterov: true}", "momentum_buffer"),
     ] {
-        let dtype = if name == "8bit" { "bfloat16" } else { "float32" };
+        let dtype = if ["8bit", "bare"].contains(&name) { "bfloat16" } else { "float32" };
         let more = [("optimizer", optimizer), ("model.torch_dtype", dtype)];
         let (resumed, whole) = (format!("{name}-resumed"), format!("{name}-whole"));
         train_until(&place.recipe(&resumed, &more), 8).unwrap();
@@ -93,6 +94,9 @@ fn every_optimizer_goes_on_bit_for_bit() {
         let run = place.train(&whole, &more).unwrap();
         assert_same(&place.path(&resumed), &place.path(&whole));
         assert!(run.steps[19].loss < run.steps[0].loss, "{name}");
+        let has_masters =
+            files(run.checkpoint.as_ref().unwrap()).contains_key(Path::new("optim/master.safetensors"));
+        assert_eq!(has_masters, name == "8bit");
         let file = format!("optim/{states}.safetensors");
         assert!(files(run.checkpoint.as_ref().unwrap())[Path::new(&file)].len() > 100, "{name}");
 

@@ -60,6 +60,9 @@ pub struct BenchArguments {
     /// Number format of AdamW's moments in train
     #[arg(long, value_enum, default_value = "f32")]
     pub state_dtype: StateFormat,
+    /// Train bf16 parameters without a copy in f32, their steps rounded at random
+    #[arg(long)]
+    pub no_master_weights: bool,
     /// Steps of decode
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
@@ -217,6 +220,9 @@ pub struct Measurement {
     /// Number format of AdamW's moments in train.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dtype: Option<StateFormat>,
+    /// Whether bf16 parameters have a copy in f32 in train.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub master_weights: Option<bool>,
     /// Tokens written a row in decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_tokens: Option<u32>,
@@ -323,6 +329,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         median_s: median,
         range_s: [durations[0], durations[durations.len() - 1]],
         state_dtype: (arguments.mode == Mode::Train).then_some(arguments.state_dtype),
+        master_weights: (arguments.mode == Mode::Train).then_some(!arguments.no_master_weights),
         new_tokens: is_decode.then_some(arguments.new_tokens),
         // After the memory was read off, since measuring takes some.
         cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype.float())),

@@ -23,6 +23,7 @@ pub(super) struct Work {
     new_tokens: usize,
     seed: u64,
     state_dtype: StateDtype,
+    master_weights: bool,
     text: TextConfig,
     /// Values of the weights by what is done with them, embeddings left out.
     weights: BTreeMap<Use, f64>,
@@ -68,6 +69,7 @@ impl Work {
             new_tokens: arguments.new_tokens as usize,
             seed: arguments.seed,
             state_dtype: arguments.state_dtype.moments(),
+            master_weights: !arguments.no_master_weights,
             text: config.text.clone(),
             weights,
             bytes,
@@ -131,6 +133,7 @@ impl Work {
             lr: 1e-4,
             betas: [0.9, 0.95],
             state_dtype: self.state_dtype,
+            master_weights: self.master_weights,
             ..OptimizerConfig::default()
         };
         let optimizer = Optimizer::new(config);
