@@ -105,6 +105,11 @@ pub(super) unsafe fn tile_f32(
     unsafe { by_rows!(rows, f32_rows(steps, a, b, out, next)) }
 }
 
+/// Rows up to which a product passes over its weights faster than they come from memory unasked.
+const FEW: usize = 2;
+/// How far ahead, in bytes, they are asked for.
+const AHEAD: usize = 4096;
+
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn bf16_rows<const R: usize>(
     steps: usize,
@@ -121,8 +126,14 @@ unsafe fn bf16_rows<const R: usize>(
         next.line();
         // SAFETY: `a` holds `steps * R` and `b` `steps * NR` elements.
         unsafe {
-            let b0 = pairs(_mm512_loadu_si512(b.add(step * NR).cast()));
-            let b1 = pairs(_mm512_loadu_si512(b.add(step * NR + 16).cast()));
+            let b = b.add(step * NR);
+            if R <= FEW {
+                // The processor itself fetches ahead only within a page.
+                _mm_prefetch::<_MM_HINT_T0>(b.cast::<i8>().wrapping_add(AHEAD));
+                _mm_prefetch::<_MM_HINT_T0>(b.cast::<i8>().wrapping_add(AHEAD + LINE));
+            }
+            let b0 = pairs(_mm512_loadu_si512(b.cast()));
+            let b1 = pairs(_mm512_loadu_si512(b.add(16).cast()));
             for (row, sum) in sums.iter_mut().enumerate() {
                 let x = pairs(_mm512_set1_epi32((*a.add(step * R + row)).0.cast_signed()));
                 sum[0] = _mm512_dpbf16_ps(sum[0], x, b0);
