@@ -146,6 +146,106 @@ fn what_peft_wrote_is_read_and_written_alike() {
     }
 }
 
+/// Tensors of a file by their keys.
+type Tensors = BTreeMap<String, HostTensor>;
+
+/// One of the matrices of a stack, `[m, n]`, and the same with its axes exchanged.
+fn matrix(stack: &HostTensor, index: usize) -> (HostTensor, HostTensor) {
+    let [_, m, n] = stack.shape[..] else { unreachable!("a stack has three axes") };
+    let values = stack.clone().part(index * m * n..(index + 1) * m * n).into_f32();
+    let exchanged = (0..m * n).map(|i| values[i % m * n + i / m]).collect();
+    (HostTensor::f32([m, n], values), HostTensor::f32([n, m], exchanged))
+}
+
+/// The stacks as NeMo AutoModel holds them: inputs first.
+fn stacks_in_nemo(experts: &str, stack: &str, lora: &LoraTensors) -> Tensors {
+    let name = if stack == "gate_up_proj" { "gate_and_up" } else { "down" };
+    let exchanged = |tensor: &HostTensor| {
+        let [count, m, n] = tensor.shape[..] else { unreachable!("a stack has three axes") };
+        HostTensor::f32([count, n, m], (0..count).flat_map(|i| matrix(tensor, i).1.into_f32()).collect())
+    };
+    [("A", &lora.a), ("B", &lora.b)]
+        .map(|(part, tensor)| (format!("{experts}.lora_{name}_{part}"), exchanged(tensor)))
+        .into()
+}
+
+/// A LoRA for each linear map of each expert, gate and up projections with the same A.
+fn experts_one_by_one(experts: &str, stack: &str, lora: &LoraTensors) -> Tensors {
+    let mut tensors = Tensors::new();
+    for index in 0..lora.a.shape[0] {
+        let (a, b) = (matrix(&lora.a, index).0, matrix(&lora.b, index).0);
+        let linears: &[&str] =
+            if stack == "gate_up_proj" { &["gate_proj", "up_proj"] } else { &["down_proj"] };
+        let [rows, rank] = [b.shape[0] / linears.len(), b.shape[1]];
+        for (i, linear) in linears.iter().enumerate() {
+            let b = b.clone().part(i * rows * rank..(i + 1) * rows * rank).into_f32();
+            let lora = format!("{experts}.{index}.{linear}");
+            tensors.insert(format!("{lora}.lora_A.weight"), a.clone());
+            tensors.insert(format!("{lora}.lora_B.weight"), HostTensor::f32([rows, rank], b));
+        }
+    }
+    tensors
+}
+
+fn write_tensors(path: &Path, tensors: &Tensors) {
+    let bytes: BTreeMap<&String, (Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(key, t)| {
+            let values = t.clone().into_f32();
+            (key, (t.shape.clone(), values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+        })
+        .collect();
+    let views = bytes.iter().map(|(key, (shape, bytes))| {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        (key.as_str(), view.unwrap())
+    });
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn experts_are_read_in_both_forms_of_nemo_automodel() {
+    let config = tiny();
+    let settings = LoraSettings { moe_rank_scaling: true, dim: 9, ..settings(&["*experts", "*o_proj"]) };
+    let adapter = trained(&settings, &config);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(adapter::ADAPTER_MODEL);
+    adapter.save(folder.path(), true).unwrap();
+    for form in [stacks_in_nemo, experts_one_by_one] {
+        let mut tensors = Tensors::new();
+        for (name, lora) in &adapter.modules {
+            let (module, last) = name.rsplit_once('.').unwrap();
+            // Its modules nest the text model once more.
+            let prefix = "base_model.model.model.";
+            if lora.a.shape.len() == 3 {
+                tensors.extend(form(&format!("{prefix}{module}"), last, lora));
+            } else {
+                tensors.insert(format!("{prefix}{name}.lora_A.weight"), lora.a.clone());
+                tensors.insert(format!("{prefix}{name}.lora_B.weight"), lora.b.clone());
+            }
+        }
+        write_tensors(&path, &tensors);
+        assert_eq!(Adapter::open(folder.path(), &config.config).unwrap(), adapter);
+    }
+    let gate_up = &adapter.modules["language_model.model.layers.1.mlp.experts.gate_up_proj"];
+    let experts = "base_model.model.model.language_model.model.layers.1.mlp.experts";
+    let refused = |change: &dyn Fn(&mut Tensors)| {
+        let mut tensors = experts_one_by_one(experts, "gate_up_proj", gate_up);
+        change(&mut tensors);
+        write_tensors(&path, &tensors);
+        Adapter::open(folder.path(), &config.config).unwrap_err().to_string()
+    };
+    let a_of_up = format!("{experts}.1.up_proj.lora_A.weight");
+    let message = refused(&|tensors| {
+        tensors.remove(&a_of_up);
+    });
+    assert!(message.contains("experts.1.up_proj") && message.contains("every expert"), "{message}");
+    let message = refused(&|tensors| {
+        let other = tensors[&format!("{experts}.0.up_proj.lora_A.weight")].clone();
+        tensors.insert(a_of_up.clone(), other);
+    });
+    assert!(message.contains("the same lora_A"), "{message}");
+}
+
 #[test]
 fn adapters_of_another_model_or_kind_are_refused() {
     let config = tiny();

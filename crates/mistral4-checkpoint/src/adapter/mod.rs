@@ -3,6 +3,7 @@
 
 mod initial;
 mod merge;
+mod nemo_experts;
 mod peft_config;
 mod peft_files;
 mod targets;

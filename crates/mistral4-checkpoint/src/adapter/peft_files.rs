@@ -4,13 +4,15 @@
 //! transformers. Stacks of experts are targets of `target_parameters`: peft folds the experts into the rank, as
 //! `[E * r, in]` and `[out, r * E]`, and nests the wrappers of one module, so that `down_proj` is `experts.lora_A` and
 //! `gate_up_proj` beside it `experts.base_layer.lora_A`. Earlier releases had the two matrices of a stack the other way
-//! round; both are read, and told apart by their shapes.
+//! round; both are read, and told apart by their shapes. What NeMo AutoModel writes of experts is read too
+//! ([`super::nemo_experts`]).
 //!
 //! Source: `LoraLayer` and `ParamWrapper` in peft 0.21 (`tuners/lora/layer.py`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::nemo_experts;
 use super::peft_config::PeftConfig;
 use super::targets::module_in_transformers;
 use super::{ADAPTER_CONFIG, ADAPTER_MODEL, Adapter, LoraTensors, Target, targets};
@@ -33,10 +35,10 @@ pub struct AdapterFiles {
 
 /// Matrices of one wrapper, as stored.
 #[derive(Default)]
-struct Stored {
-    a: Option<HostTensor>,
-    b: Option<HostTensor>,
-    magnitude: Option<HostTensor>,
+pub(super) struct Stored {
+    pub(super) a: Option<HostTensor>,
+    pub(super) b: Option<HostTensor>,
+    pub(super) magnitude: Option<HostTensor>,
 }
 
 impl Adapter {
@@ -54,22 +56,35 @@ impl Adapter {
         let mut stored: BTreeMap<String, Stored> = BTreeMap::new();
         let mut replaced: BTreeMap<String, HostTensor> = BTreeMap::new();
         for (key, entry) in &shard.entries {
-            let plain = canonical(key.strip_prefix(PREFIX).unwrap_or(key), multimodal);
+            // NeMo AutoModel puts its text model's prefix before peft's.
+            let plain =
+                key.strip_prefix("language_model.").filter(|key| key.starts_with(PREFIX)).unwrap_or(key);
+            let plain = canonical(plain.strip_prefix(PREFIX).unwrap_or(plain), multimodal);
             let tensor =
                 shard.float(entry).ok_or_else(|| wrong(key, format!("stored as {}", entry.dtype)))?;
             if let Some(module) = plain.strip_suffix(".base_layer.weight") {
                 replaced.insert(format!("{module}.weight"), tensor);
                 continue;
             }
-            let (module, part) = split(&plain)
-                .ok_or_else(|| wrong(key, "it is neither a LoRA matrix nor a DoRA magnitude".into()))?;
-            let slot = stored.entry(module.to_owned()).or_default();
+            let (module, part, tensor) = match nemo_experts::native(&plain) {
+                Some((stack, part)) => {
+                    (stack, part, nemo_experts::inputs_last(tensor).map_err(|problem| wrong(key, problem))?)
+                }
+                None => {
+                    let (module, part) = split(&plain).ok_or_else(|| {
+                        wrong(key, "it is neither a LoRA matrix nor a DoRA magnitude".into())
+                    })?;
+                    (module.to_owned(), part, tensor)
+                }
+            };
+            let slot = stored.entry(module).or_default();
             *match part {
                 Part::A => &mut slot.a,
                 Part::B => &mut slot.b,
                 Part::Magnitude => &mut slot.magnitude,
             } = Some(tensor);
         }
+        nemo_experts::stack(&mut stored).map_err(|(module, problem)| wrong(&module, problem))?;
         let known: BTreeMap<String, Target> =
             targets(config).into_iter().map(|target| (target.name.clone(), target)).collect();
         let mut modules = BTreeMap::new();
@@ -184,7 +199,7 @@ impl Adapter {
     }
 }
 
-enum Part {
+pub(super) enum Part {
     A,
     B,
     Magnitude,
@@ -261,7 +276,7 @@ fn fold_b(b: &HostTensor) -> HostTensor {
 }
 
 /// `[E, m, n]` to `[E, n, m]`.
-fn transposed(tensor: HostTensor) -> HostTensor {
+pub(super) fn transposed(tensor: HostTensor) -> HostTensor {
     let [experts, m, n] = tensor.shape[..] else { unreachable!("stacks have three axes") };
     let order = (0..experts).flat_map(|e| (0..n).flat_map(move |j| (0..m).map(move |i| (e * m + i) * n + j)));
     HostTensor { data: tensor.data.gather_rows(1, order), shape: vec![experts, n, m] }

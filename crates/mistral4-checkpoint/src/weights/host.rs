@@ -111,6 +111,17 @@ impl HostData {
         self.len() == 0
     }
 
+    /// Puts values behind these; false, and nothing is done, where they have another format.
+    pub(crate) fn append(&mut self, more: HostData) -> bool {
+        match (self, more) {
+            (HostData::F32(values), HostData::F32(more)) => values.extend(more),
+            (HostData::BF16(values), HostData::BF16(more)) => values.extend(more),
+            (HostData::F16(values), HostData::F16(more)) => values.extend(more),
+            _ => return false,
+        }
+        true
+    }
+
     /// One value as f32.
     pub(crate) fn get(&self, index: usize) -> f32 {
         match self {
