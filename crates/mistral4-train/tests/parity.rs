@@ -90,21 +90,23 @@ fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
     file.tensors().into_iter().map(tensor).collect()
 }
 
-/// The batch of a step, labels moved to the place of the token before.
-fn step_batch(steps: &BTreeMap<String, (Vec<usize>, Vec<u8>)>, step: usize) -> LabelledInputs {
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+/// A batch whose tensors' names begin with `prefix`, labels moved to the place of the token before.
+fn batch_of(tensors: &BTreeMap<String, (Vec<usize>, Vec<u8>)>, prefix: &str) -> LabelledInputs {
     let integers = |name: &str| -> Vec<i64> {
-        let bytes = &steps[&format!("{step}.{name}")].1;
+        let bytes = &tensors[&format!("{prefix}{name}")].1;
         bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
     };
-    let [rows, length] = steps[&format!("{step}.input_ids")].0[..] else { panic!("rows of ids") };
+    let [rows, length] = tensors[&format!("{prefix}input_ids")].0[..] else { panic!("rows of ids") };
     let mut inputs = ModelInputs::rows(integers("input_ids").into_iter().map(|id| id as u32).collect(), rows);
-    if steps.contains_key(&format!("{step}.attention_mask")) {
+    if tensors.contains_key(&format!("{prefix}attention_mask")) {
         inputs = inputs.with_attention_mask(integers("attention_mask").into_iter().map(|m| m == 1).collect());
     }
-    if let Some((shape, bytes)) = steps.get(&format!("{step}.pixel_values")) {
-        let pixels: Vec<f32> =
-            bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        let pixels = TensorData::new(pixels, shape.clone());
+    if let Some((shape, bytes)) = tensors.get(&format!("{prefix}pixel_values")) {
+        let pixels = TensorData::new(floats(bytes), shape.clone());
         let sizes = integers("image_sizes");
         inputs.images = Some(Images {
             pixel_values: Tensor::from_data(pixels, &Device::flex()),
@@ -114,6 +116,50 @@ fn step_batch(steps: &BTreeMap<String, (Vec<usize>, Vec<u8>)>, step: usize) -> L
     let labels = integers("labels");
     let next = |i: usize| if i % length == length - 1 { -100 } else { labels[i + 1] };
     LabelledInputs::plain(inputs, (0..labels.len()).map(next).collect())
+}
+
+#[test]
+fn gradients_with_z_losses_are_those_of_transformers() {
+    let golden = tensors(&fixtures().join("z_losses.safetensors"));
+    for case in ["labels_ignored", "right_padding"] {
+        let folder = fixtures().join("../model").join(case);
+        let options = ConfigOptions { softmax_scale: Some(SoftmaxScalePolicy::Standard) };
+        let checkpoint = Checkpoint::open(&folder.join("model"), &options).unwrap();
+        let source = CheckpointSource { checkpoint: &checkpoint, dtype: DType::F32 };
+        let moe = MoeOptions { router_z_loss_coeff: 0.07, ..MoeOptions::default() };
+        let model = Mistral4::new(checkpoint.config(), moe, &source, &Device::flex()).unwrap();
+        let batch = batch_of(&tensors(&folder.join("inputs.safetensors")), "");
+        let tokens = batch.labels.iter().filter(|&&label| label >= 0).count() as f64;
+        let scale = LossScale { per_token: 1.0 / tokens, z_loss: 0.03, aux: 1.0 };
+        for activations in [Activations::Kept, Activations::Recomputed] {
+            let mut gradients = Gradients::default();
+            let measured = forward_backward(&model, &batch, scale, activations, &mut gradients).unwrap();
+            let losses = [("z_loss", measured.z_loss / tokens), ("router_z_loss", measured.router_z_loss)];
+            for (name, is) in losses {
+                let want = f64::from(floats(&golden[&format!("{case}/{name}")].1)[0]);
+                assert!((is - want).abs() < 1e-5 * want, "{case}: {name} {is} against {want}");
+            }
+            let prefix = format!("{case}/grad.");
+            let norm = |values: &mut dyn Iterator<Item = f32>| {
+                values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+            };
+            let mut compared = 0;
+            for (key, (_, bytes)) in &golden {
+                let Some(key) = key.strip_prefix(&prefix) else { continue };
+                let want = floats(bytes);
+                let Some(got) = gradients.get(key) else {
+                    assert!(want.iter().all(|&value| value == 0.0), "{case}: {key} has no gradient");
+                    continue;
+                };
+                let got = got.clone().into_data().try_into_vec::<f32>().unwrap();
+                let difference = norm(&mut got.iter().zip(&want).map(|(got, want)| got - want));
+                let size = norm(&mut want.iter().copied());
+                assert!(difference <= 1e-4 * size, "{case}: {key}: {difference} of {size}");
+                compared += 1;
+            }
+            assert!(compared > 20, "{case}: {compared} gradients");
+        }
+    }
 }
 
 /// Takes the steps of a fixture, with its adapter if it has one, and compares every step's loss and gradient norm.
@@ -147,7 +193,7 @@ fn follow_batches(case: &str, activations: Activations) {
     let want = lines(&case.join("training.jsonl"));
     assert_eq!(want.len(), 50);
     for (step, want) in want.iter().enumerate() {
-        let batch = step_batch(&steps, step);
+        let batch = batch_of(&steps, &format!("{step}."));
         let tokens = batch.labels.iter().filter(|&&label| label >= 0).count() as f64;
         let mut gradients = Gradients::default();
         let scale = LossScale { per_token: 1.0 / tokens, z_loss: 0.0, aux: 0.0 };
