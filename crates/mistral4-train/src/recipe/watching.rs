@@ -83,7 +83,7 @@ pub(crate) fn read_mfu(root: &mut Section<'_>) -> Result<Option<f64>> {
 pub(crate) fn read_remote_loggers(root: &mut Section<'_>) {
     root.no_effect(
         "wandb",
-        "nothing is sent anywhere: set tensorboard.enable, and import the run later with `wandb sync --sync-tensorboard`",
+        "nothing is sent anywhere: tools/export_to_wandb.py makes an offline run of a run's files",
     );
     root.none_of_effect(&["mlflow", "comet"], "metrics are written to files; nothing is sent anywhere");
 }
