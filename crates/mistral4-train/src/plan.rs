@@ -20,11 +20,13 @@ use crate::setup::{Base, frozen};
 pub struct RankMemory {
     /// Weights that the rank keeps.
     pub weights: u64,
-    /// Gradients in f32, of the trained parameters.
+    /// Gradients in f32, of the trained parameters; whole ones of a sharded model, where they wait for the last pass of a
+    /// step.
     pub gradients: u64,
     /// The optimizer's two moments in f32, and the weights in f32 where they are kept in less.
     pub optimizer: u64,
-    /// Units of a sharded model that are whole at the same time: the one in use and the next.
+    /// What of a sharded model is whole at the same time: the layer in use and the next, or everything, where it stays
+    /// after the forward pass.
     pub gathered: u64,
 }
 
@@ -70,12 +72,13 @@ impl Plan {
                 ),
             });
         }
+        let grad_acc_steps = step.global_batch_size / pass;
         Ok(Self {
             mesh,
             strategy: recipe.distributed.strategy,
             local_batch_size: step.local_batch_size,
-            grad_acc_steps: step.global_batch_size / pass,
-            memory: memory(recipe, &mesh)?,
+            grad_acc_steps,
+            memory: memory(recipe, &mesh, grad_acc_steps)?,
         })
     }
 }
@@ -132,7 +135,7 @@ fn quantized_bits(format: WeightFormat) -> f64 {
     }
 }
 
-fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
+fn memory(recipe: &Recipe, mesh: &MeshShape, grad_acc_steps: usize) -> Result<Option<RankMemory>> {
     let Some((config, dtype)) = Base::describe(&recipe.model)? else { return Ok(None) };
     let width = |dtype: DType| dtype.stored().size() as u64;
     let is_frozen = frozen(recipe.freeze_config);
@@ -159,14 +162,33 @@ fn memory(recipe: &Recipe, mesh: &MeshShape) -> Result<Option<RankMemory>> {
             }));
         }
     }
-    let is_sharded = recipe.distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
-    let division = Division::new(*mesh, is_sharded, &config.config, recipe.distributed.pipeline)?;
-    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, &items, &recipe.optimizer));
+    let distributed = &recipe.distributed;
+    let is_sharded = distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
+    let division = Division::new(*mesh, is_sharded, &config.config, distributed.pipeline)?;
+    let whole = WholeUnits {
+        gradients: is_sharded && distributed.defer_fsdp_grad_sync && grad_acc_steps > 1,
+        weights: is_sharded && !distributed.reshard_after_forward,
+    };
+    let ranks =
+        (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, whole, (&items, &recipe.optimizer)));
     Ok(ranks.max_by_key(RankMemory::total))
 }
 
-fn rank_memory(division: &Division, rank: usize, items: &[Item], optimizer: &OptimizerConfig) -> RankMemory {
+/// What of a sharded model is whole until the end of a step.
+#[derive(Clone, Copy)]
+struct WholeUnits {
+    gradients: bool,
+    weights: bool,
+}
+
+fn rank_memory(
+    division: &Division,
+    rank: usize,
+    whole: WholeUnits,
+    (items, optimizer): (&[Item], &OptimizerConfig),
+) -> RankMemory {
     let mut memory = RankMemory::default();
+    let mut all = 0;
     let mut layers: HashMap<&str, u64> = HashMap::new();
     for Item { key, shape, width, quantized_bits, is_trained } in items {
         let Some(held) = division.held(key, shape, rank) else { continue };
@@ -175,18 +197,23 @@ fn rank_memory(division: &Division, rank: usize, items: &[Item], optimizer: &Opt
             quantized_bits.filter(|_| stays_quantized(&held.part, shape)).unwrap_or(8.0 * *width as f64);
         let bytes = |values: u64| (values as f64 * bits / 8.0) as u64;
         memory.weights += bytes(kept);
+        let is_spread = division.is_sharded && !is_kept_whole(key);
+        let elements = held.part.elements() as u64;
         if *is_trained {
-            memory.gradients += kept * 4;
+            memory.gradients += 4 * if whole.gradients && is_spread { elements } else { kept };
             let of_value = ParameterState::expected_bytes(optimizer, key, shape, *width < 4);
             memory.optimizer += (kept as f64 * of_value) as u64;
         }
         // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
         let layer = key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());
-        if let Some(layer) = layer.filter(|_| division.is_sharded && !is_kept_whole(key)) {
-            *layers.entry(layer).or_default() += bytes(held.part.elements() as u64);
+        if is_spread {
+            all += bytes(elements);
+            if let Some(layer) = layer {
+                *layers.entry(layer).or_default() += bytes(elements);
+            }
         }
     }
-    memory.gathered = 2 * layers.into_values().max().unwrap_or(0);
+    memory.gathered = if whole.weights { all } else { 2 * layers.into_values().max().unwrap_or(0) };
     memory
 }
 
@@ -216,7 +243,13 @@ optimizer: {_target_: AdamW}
         let shards = plan(4, &[]).unwrap().memory.unwrap();
         let quarter = shards.optimizer as f64 / one.optimizer as f64;
         assert!((0.25..0.3).contains(&quarter), "{quarter}");
+        // Two passes a step: whole gradients wait for the second one, unless they are summed after each.
+        assert_eq!(shards.gradients, one.gradients);
+        let each = plan(4, &["--distributed.defer_fsdp_grad_sync", "false"]).unwrap().memory.unwrap();
+        assert_eq!(each.gradients * 2, each.optimizer);
         assert!(shards.gathered > 0);
+        let stays = plan(4, &["--distributed.reshard_after_forward", "false"]).unwrap().memory.unwrap();
+        assert!(stays.gathered > shards.gathered && stays.gathered <= one.weights, "{stays:?} {one:?}");
     }
 
     #[test]

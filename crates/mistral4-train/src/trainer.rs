@@ -21,7 +21,7 @@ use crate::error::Result;
 use crate::guard::{Guard, StepOutcome, Verdict};
 use crate::metrics::{MetricsFile, RunState, StepMetrics, ValidationMetrics, timestamp};
 use crate::optim::{Optimizer, StepFactors};
-use crate::parallel::{Communicator, Mesh, ShardedGradients, Sharding, reduce};
+use crate::parallel::{Communicator, Mesh, ShardedGradients, Sharding, ShardingPolicy, reduce};
 use crate::plot::{Curve, RunPlot};
 use crate::recipe::Recipe;
 use crate::schedule::{LrSchedule, StepScheduler, StepState};
@@ -123,8 +123,8 @@ struct Training {
     trained: Vec<(String, usize)>,
     activations: Activations,
     extras: Extras,
-    /// Whether a step's gradients are summed over shards after its last micro-batch only.
-    defers_sums: bool,
+    /// When ranks of a sharded model communicate.
+    policy: ShardingPolicy,
     /// Names of the ranks, for the metrics.
     rank_names: Vec<String>,
     saver: Saver,

@@ -179,6 +179,20 @@ fn shards_train_like_one_rank() {
 }
 
 #[test]
+fn shards_whose_weights_stay_train_like_one_rank() {
+    let stay = ("distributed.reshard_after_forward", "false");
+    for (case, ranks, more) in [
+        (TEXT, 4, &[][..]),
+        (MULTIMODAL, 2, &[]),
+        (MULTIMODAL, 2, &[("distributed.activation_checkpointing", "true")]),
+        (TEXT, 4, &[("distributed.pp_size", "2")]),
+        (MULTIMODAL, 2, &ADAPTERS),
+    ] {
+        assert_same_run(case, ranks, &[&[stay], more].concat());
+    }
+}
+
+#[test]
 fn a_short_step_at_the_end_of_an_epoch_is_the_same() {
     // Rows 5 and 6 of 6: a step in which half of the ranks have nothing of their own.
     let short = [("dataset.limit_dataset_samples", "6"), ("step_scheduler.num_epochs", "2")];

@@ -1,12 +1,11 @@
 //! Consecutive layers of a model, forward and backward.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Int, Tensor};
-use mistral4::model::Mistral4;
-use mistral4::model::decoder_layer::LayerContext;
+use mistral4::model::decoder_layer::{DecoderLayer, LayerContext};
+use mistral4::model::{Mistral4, Routing};
 use mistral4::weights::take_gradients;
 
 use super::{Activations, LabelledInputs, LossScale, MicroBatchLoss, ParameterStore, Unit, router_losses};
@@ -14,7 +13,7 @@ use crate::error::Result;
 
 /// Some layers, with the front if the model's first is among them and the head if the last is.
 ///
-/// Parameters are those of a store. Of the model only its shape counts, unless activations are kept: then it is all here.
+/// Parameters are those of a store; of the model only its shape counts.
 #[derive(Debug, Clone)]
 pub struct Stage<'a> {
     model: &'a Mistral4,
@@ -42,13 +41,10 @@ impl Run {
         (self.is_last && with_head).then_some(Unit::Head)
     }
 
-    /// The unit before a layer (or before the head) in the backward pass; the front not at all where none of it is
-    /// trained.
-    fn before(&self, index: usize, store: &dyn ParameterStore) -> Option<Unit> {
-        if index > self.layers.start {
-            return Some(Unit::Layer(index - 1));
-        }
-        (self.is_first && store.trains(Unit::Front)).then_some(Unit::Front)
+    /// Whether anything is trained before the layer `index`, so that the gradient of its input is needed.
+    fn needs_dx(&self, index: usize, store: &dyn ParameterStore) -> bool {
+        let mut before = self.layers.start..index;
+        !self.is_first || store.trains(Unit::Front) || before.any(|index| store.trains(Unit::Layer(index)))
     }
 }
 
@@ -57,34 +53,67 @@ pub struct StageForward {
     run: Run,
     prefix: &'static str,
     context: LayerContext,
-    saved: Saved,
+    /// The model that made the embeddings under autodiff, and these, where that graph is kept.
+    front: Option<(Mistral4, Tensor<2>)>,
+    /// The layers that are still to come on the way back, first layer first.
+    layers: Vec<SavedLayer>,
+    /// The output, then the gradient of the output of the layer that is next.
+    x: Tensor<2>,
     pub(super) measured: MicroBatchLoss,
 }
 
-/// What the backward pass needs.
-enum Saved {
-    /// The graph.
-    Kept(Box<Kept>),
-    /// What is left of the layers that are still to come, first layer first; the output, then the gradient of the output
-    /// of the layer that is next.
-    Recomputed { layers: Vec<SavedLayer>, x: Box<Tensor<2>> },
-}
-
-/// What a layer is run again from.
+/// A layer that the backward pass comes to.
 struct SavedLayer {
-    input: Tensor<2>,
-    /// Where its tokens went, which is where they go again: whatever differs in the second pass, its gradients are those of
-    /// the experts that the loss was computed with.
-    experts: Option<Tensor<2, Int>>,
+    index: usize,
+    from: From,
 }
 
-struct Kept {
-    trained: Mistral4,
-    /// The stage's input, unless it is made from token ids.
-    input: Option<Tensor<2>>,
+/// What the backward pass of a layer begins with.
+#[allow(clippy::large_enum_variant, reason = "tensors are handles: moving them costs little")]
+enum From {
+    /// What it is run again from: the input, and where its tokens went, which is where they go again. Whatever differs in
+    /// the second pass, its gradients are those of the experts that the loss was computed with.
+    Input(Tensor<2>, Option<Tensor<2, Int>>),
+    /// The graph of the forward pass.
+    Graph(Box<LayerGraph>),
+}
+
+/// A layer that was run under autodiff.
+struct LayerGraph {
+    layer: DecoderLayer,
+    /// Asks for its gradient where anything before the layer is trained.
+    input: Tensor<2>,
     output: Tensor<2>,
-    /// Sum of the losses of the layers' routers.
-    router_losses: Option<Tensor<1>>,
+    /// The losses of its router.
+    losses: Option<Tensor<1>>,
+}
+
+impl LayerGraph {
+    /// Runs a layer; `losses` gets its routing and says what of it is to be differentiated.
+    fn run(
+        layer: DecoderLayer,
+        input: Tensor<2>,
+        needs_dx: bool,
+        forward: impl FnOnce(&DecoderLayer, Tensor<2>) -> (Tensor<2>, Option<Routing>),
+        losses: impl FnOnce(Routing) -> Option<Tensor<1>>,
+    ) -> Self {
+        let layer = layer.train();
+        let input = input.autodiff().set_require_grad(needs_dx);
+        let (output, routing) = forward(&layer, input.clone());
+        Self { layer, input, output, losses: routing.and_then(losses) }
+    }
+
+    /// The gradients of the layer's parameters by their keys in it, and, where it is needed, of its input.
+    fn backward(self, dy: Tensor<2>, scale: LossScale, prefix: &str) -> (NamedGradients, Option<Tensor<2>>) {
+        let losses = self.losses.map(|losses| losses * scale.aux);
+        let seed = seeded(self.output, dy);
+        let mut from = match losses {
+            Some(losses) => losses + seed,
+            None => seed,
+        }
+        .backward();
+        (collect(&self.layer, prefix, &mut from), self.input.grad_remove(&mut from))
+    }
 }
 
 impl<'a> Stage<'a> {
@@ -109,20 +138,6 @@ impl<'a> Stage<'a> {
         self.run.is_last
     }
 
-    /// The input, or the embeddings of the batch.
-    fn begin(
-        &self,
-        store: &mut dyn ParameterStore,
-        batch: &LabelledInputs,
-        input: Option<Tensor<2>>,
-        with_head: bool,
-    ) -> Result<Tensor<2>> {
-        match input {
-            Some(input) => Ok(input),
-            None => batch.embed(&store.front(self.run.after(None, with_head))),
-        }
-    }
-
     /// Positions and masks, of inputs that were checked when they were embedded.
     fn context(&self, batch: &LabelledInputs) -> Result<LayerContext> {
         let model = &self.model.text().model;
@@ -145,7 +160,10 @@ impl<'a> Stage<'a> {
         batch: &LabelledInputs,
         input: Option<Tensor<2>>,
     ) -> Result<Tensor<2>> {
-        let mut x = self.begin(store, batch, input, true)?;
+        let mut x = match input {
+            Some(input) => input,
+            None => batch.embed(&store.front(self.run.after(None, true)))?,
+        };
         let context = self.context(batch)?;
         for index in self.run.layers.clone() {
             let layer = store.layer(index, self.run.after(Some(index), true));
@@ -175,54 +193,59 @@ impl<'a> Stage<'a> {
         batch: &LabelledInputs,
         input: Option<Tensor<2>>,
     ) -> Result<StageForward> {
-        let mut measured = MicroBatchLoss::default();
-        let (saved, context) = match self.activations {
-            Activations::Kept => self.keep(batch, input, &mut measured)?,
-            Activations::Recomputed => {
-                // The backward pass follows at once where the stage is the whole model.
-                let with_head = self.run.is_first && self.run.is_last;
-                let mut x = self.begin(store, batch, input, with_head)?;
-                let context = self.context(batch)?;
-                let mut layers = Vec::with_capacity(self.run.layers.len());
-                for index in self.run.layers.clone() {
-                    let layer = store.layer(index, self.run.after(Some(index), with_head));
-                    let (y, routing) = layer.forward(x.clone(), &context, None, batch.replay(index));
-                    let experts = routing.as_ref().map(|routing| routing.indices.clone());
-                    layers.push(SavedLayer { input: std::mem::replace(&mut x, y), experts });
-                    if let Some(routing) = routing {
-                        measured.add_routing(index, routing);
-                    }
+        // The backward pass follows at once where the stage is the whole model.
+        let with_head = self.run.is_first && self.run.is_last;
+        let is_kept = self.activations == Activations::Kept;
+        let mut front = None;
+        let mut x = match input {
+            Some(input) => input,
+            None => {
+                let model = store.front(self.run.after(None, with_head));
+                if is_kept && store.trains(Unit::Front) {
+                    let trained = model.train();
+                    let embeds = batch.embed(&trained)?;
+                    front.insert((trained, embeds)).1.clone().inner()
+                } else {
+                    batch.embed(&model)?
                 }
-                (Saved::Recomputed { layers, x: Box::new(x) }, context)
             }
-        };
-        Ok(StageForward { run: self.run, prefix: self.model.text_prefix(), context, saved, measured })
-    }
-
-    /// One graph over all layers.
-    fn keep(
-        &self,
-        batch: &LabelledInputs,
-        input: Option<Tensor<2>>,
-        measured: &mut MicroBatchLoss,
-    ) -> Result<(Saved, LayerContext)> {
-        let trained = self.model.train();
-        let input = input.map(|input| input.autodiff().require_grad());
-        let mut x = match &input {
-            Some(input) => input.clone(),
-            None => batch.embed(&trained)?,
         };
         let context = self.context(batch)?;
-        let mut router_losses = None;
+        let mut measured = MicroBatchLoss::default();
+        let mut layers = Vec::with_capacity(self.run.layers.len());
         for index in self.run.layers.clone() {
-            let layer = &trained.text().model.layers[index];
-            let (y, routing) = layer.forward(x, &context, None, batch.replay(index));
-            x = y;
-            if let Some(loss) = routing.and_then(|routing| measured.add_routing(index, routing)) {
-                router_losses = add(router_losses, loss);
+            let layer = store.layer(index, self.run.after(Some(index), with_head));
+            let replay = batch.replay(index);
+            // The backward pass comes to the layer.
+            let is_needed = self.run.needs_dx(index + 1, store);
+            if is_kept && is_needed {
+                let needs_dx = self.run.needs_dx(index, store);
+                let forward = |layer: &DecoderLayer, x| layer.forward(x, &context, None, replay);
+                let losses = |routing| measured.add_routing(index, routing);
+                let graph = LayerGraph::run(layer, x, needs_dx, forward, losses);
+                x = graph.output.clone().inner();
+                layers.push(SavedLayer { index, from: From::Graph(Box::new(graph)) });
+                continue;
+            }
+            let (y, routing) = layer.forward(x.clone(), &context, None, replay);
+            let input = std::mem::replace(&mut x, y);
+            if is_needed {
+                let experts = routing.as_ref().map(|routing| routing.indices.clone());
+                layers.push(SavedLayer { index, from: From::Input(input, experts) });
+            }
+            if let Some(routing) = routing {
+                measured.add_routing(index, routing);
             }
         }
-        Ok((Saved::Kept(Box::new(Kept { trained, input, output: x, router_losses })), context))
+        Ok(StageForward {
+            run: self.run,
+            prefix: self.model.text_prefix(),
+            context,
+            front,
+            layers,
+            x,
+            measured,
+        })
     }
 }
 
@@ -232,10 +255,7 @@ impl StageForward {
     /// # Shapes
     /// - output: `[T, D]`
     pub fn output(&self) -> Tensor<2> {
-        match &self.saved {
-            Saved::Kept(kept) => kept.output.clone().inner(),
-            Saved::Recomputed { x, .. } => x.as_ref().clone(),
-        }
+        self.x.clone()
     }
 
     /// Runs backward and gives the store the gradients; returns what was measured, and the gradient of the input.
@@ -253,139 +273,111 @@ impl StageForward {
         dy: Option<Tensor<2>>,
         scale: LossScale,
     ) -> Result<(MicroBatchLoss, Option<Tensor<2>>)> {
-        match &mut self.saved {
-            Saved::Recomputed { x, .. } => match dy {
-                Some(dy) => **x = dy,
-                None => self.head(store, batch, scale),
-            },
-            Saved::Kept(_) => return Ok(self.backward_of_graph(store, batch, dy, scale)),
+        match dy {
+            Some(dy) => self.x = dy,
+            None => self.head(store, batch, scale),
         }
         while self.layer(store, scale) {}
         if self.run.is_first {
             self.front(store, batch)?;
             return Ok((self.measured, None));
         }
-        let dx = self.output();
-        Ok((self.measured, Some(dx)))
-    }
-
-    fn backward_of_graph(
-        mut self,
-        store: &mut dyn ParameterStore,
-        batch: &LabelledInputs,
-        dy: Option<Tensor<2>>,
-        scale: LossScale,
-    ) -> (MicroBatchLoss, Option<Tensor<2>>) {
-        let Saved::Kept(kept) = self.saved else { unreachable!("the caller saw a graph") };
-        let Kept { trained, input, output, router_losses } = *kept;
-        let total = match dy {
-            Some(dy) => seeded(output, dy),
-            None => {
-                let text = trained.text();
-                let labels = batch.labels(&output.device().without_autodiff());
-                let h = text.model.norm.forward(output);
-                let loss = text.lm_head.cross_entropy(h, labels, scale.z_loss);
-                self.measured.add_tokens(&loss);
-                loss.total * scale.per_token
-            }
-        };
-        let router_losses = router_losses.map(|loss| loss * scale.aux);
-        let total = add(router_losses, total).expect("a part was just added");
-        let dx = total.is_tracked().then(|| {
-            let mut from = total.backward();
-            give_all(&trained, &mut from, store);
-            input.map(|input| input.grad_remove(&mut from).expect("it requires its gradient"))
-        });
-        (self.measured, dx.flatten())
-    }
-
-    /// Where the way back is; activations are recomputed on it.
-    fn way_back(&mut self) -> (&mut Vec<SavedLayer>, &mut Tensor<2>) {
-        match &mut self.saved {
-            Saved::Recomputed { layers, x } => (layers, x.as_mut()),
-            Saved::Kept(_) => unreachable!("a graph is run back as a whole"),
-        }
+        Ok((self.measured, Some(self.x)))
     }
 
     /// The loss, and the gradients of the output projection and of the final norm.
     pub(super) fn head(&mut self, store: &mut dyn ParameterStore, batch: &LabelledInputs, scale: LossScale) {
-        let (norm, lm_head) = store.head(self.run.before(self.run.layers.end, store));
+        let next = self.next_unit(store);
+        let (norm, lm_head) = store.head(next);
         let (norm, lm_head) = (norm.train(), lm_head.train());
-        let prefix = self.prefix;
-        let (_, x) = self.way_back();
-        let labels = batch.labels(&x.device());
-        let leaf = x.clone().autodiff().require_grad();
+        let labels = batch.labels(&self.x.device());
+        let needs_dx = self.run.needs_dx(self.run.layers.end, store);
+        let leaf = self.x.clone().autodiff().set_require_grad(needs_dx);
         let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels, scale.z_loss);
-        let mut from = (loss.total.clone() * scale.per_token).backward();
-        let mut gradients = collect(&norm, &format!("{prefix}model.norm."), &mut from);
-        gradients.extend(collect(&lm_head, &format!("{prefix}lm_head."), &mut from));
-        *x = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
         self.measured.add_tokens(&loss);
+        let total = loss.total * scale.per_token;
+        if !total.is_tracked() {
+            return;
+        }
+        let mut from = total.backward();
+        let mut gradients = collect(&norm, &format!("{}model.norm.", self.prefix), &mut from);
+        gradients.extend(collect(&lm_head, &format!("{}lm_head.", self.prefix), &mut from));
+        if let Some(dx) = leaf.grad_remove(&mut from) {
+            self.x = dx;
+        }
         store.add(Unit::Head, gradients);
     }
 
     /// The gradients of the last layer that is left; false when there is none.
     pub(super) fn layer(&mut self, store: &mut dyn ParameterStore, scale: LossScale) -> bool {
-        let (layers, x) = self.way_back();
-        let Some(SavedLayer { input, experts }) = layers.pop() else { return false };
-        let (left, dy) = (layers.len(), x.clone());
-        let index = self.run.layers.start + left;
-        let layer = store.layer(index, self.run.before(index, store)).train();
-        let leaf = input.autodiff().require_grad();
-        let (y, routing) = layer.forward(leaf.clone(), &self.context, None, experts.as_ref());
-        let losses = routing.and_then(|routing| router_losses(routing.aux_loss, routing.z_loss));
-        let losses = losses.map(|loss| loss * scale.aux);
-        let total = add(losses, seeded(y, dy)).expect("a part was just added");
-        let mut from = total.backward();
+        let Some(SavedLayer { index, from }) = self.layers.pop() else { return false };
+        let graph = match from {
+            From::Graph(graph) => *graph,
+            From::Input(input, experts) => {
+                let layer = store.layer(index, self.next_unit(store));
+                let needs_dx = self.run.needs_dx(index, store);
+                let forward =
+                    |layer: &DecoderLayer, x| layer.forward(x, &self.context, None, experts.as_ref());
+                let losses = |routing: Routing| router_losses(routing.aux_loss, routing.z_loss);
+                LayerGraph::run(layer, input, needs_dx, forward, losses)
+            }
+        };
         let prefix = format!("{}model.layers.{index}.", self.prefix);
-        store.add(Unit::Layer(index), collect(&layer, &prefix, &mut from));
-        let dx = leaf.grad_remove(&mut from).expect("the leaf requires its gradient");
-        *self.way_back().1 = dx;
+        let (gradients, dx) = graph.backward(self.x.clone(), scale, &prefix);
+        store.add(Unit::Layer(index), gradients);
+        if let Some(dx) = dx {
+            self.x = dx;
+        }
         true
     }
 
     /// The gradients of the embeddings, and of the vision tower and the projector.
-    pub(super) fn front(&self, store: &mut dyn ParameterStore, batch: &LabelledInputs) -> Result<()> {
+    pub(super) fn front(&mut self, store: &mut dyn ParameterStore, batch: &LabelledInputs) -> Result<()> {
         if !store.trains(Unit::Front) {
             return Ok(());
         }
-        let trained = store.front(None).train();
-        let embeds = trained.embed(&batch.inputs)?;
+        let (trained, embeds) = match self.front.take() {
+            Some(front) => front,
+            None => {
+                let trained = store.front(None).train();
+                let embeds = trained.embed(&batch.inputs)?;
+                (trained, embeds)
+            }
+        };
         let mut gradients = Vec::new();
         if embeds.is_tracked() {
-            let mut from = seeded(embeds, self.output()).backward();
+            let mut from = seeded(embeds, self.x.clone()).backward();
             trained.take_gradients(&mut from, |key, gradient| gradients.push((key, gradient)));
         }
         store.add(Unit::Front, gradients);
         Ok(())
     }
+
+    /// The unit that the way back needs after the one at hand: the last layer that is left, or the front; `None` where its
+    /// graph was kept, or none is needed.
+    fn next_unit(&self, store: &dyn ParameterStore) -> Option<Unit> {
+        match self.layers.last() {
+            Some(SavedLayer { index, from: From::Input(..) }) => Some(Unit::Layer(*index)),
+            Some(SavedLayer { from: From::Graph(_), .. }) => None,
+            None => {
+                let is_needed = self.run.is_first && self.front.is_none() && store.trains(Unit::Front);
+                is_needed.then_some(Unit::Front)
+            }
+        }
+    }
 }
 
+/// Gradients by key.
+type NamedGradients = Vec<(String, Tensor<1>)>;
+
 /// Takes the gradients of a module's parameters out of a backward pass.
-fn collect<M: Module>(module: &M, prefix: &str, from: &mut BurnGradients) -> Vec<(String, Tensor<1>)> {
+fn collect<M: Module>(module: &M, prefix: &str, from: &mut BurnGradients) -> NamedGradients {
     let mut gradients = Vec::new();
     take_gradients(module, from, |key, gradient| gradients.push((format!("{prefix}{key}"), gradient)));
     gradients
 }
 
-/// Gives a store the gradients of all of a model's parameters, unit by unit.
-fn give_all(trained: &Mistral4, from: &mut BurnGradients, store: &mut dyn ParameterStore) {
-    let mut units: HashMap<Unit, Vec<(String, Tensor<1>)>> = HashMap::new();
-    trained.take_gradients(from, |key, gradient| {
-        let unit = Unit::of(&key, trained.text_prefix());
-        units.entry(unit).or_default().push((key, gradient));
-    });
-    units.into_iter().for_each(|(unit, gradients)| store.add(unit, gradients));
-}
-
 /// A scalar whose gradient by `y` is `dy`.
 fn seeded(y: Tensor<2>, dy: Tensor<2>) -> Tensor<1> {
     (y * dy.autodiff()).sum()
-}
-
-fn add(total: Option<Tensor<1>>, part: Tensor<1>) -> Option<Tensor<1>> {
-    Some(match total {
-        Some(total) => total + part,
-        None => part,
-    })
 }

@@ -1,5 +1,7 @@
 //! Where a walk through a model finds parameters and leaves gradients.
 
+use std::collections::HashSet;
+
 use burn::tensor::Tensor;
 use mistral4::model::Mistral4;
 use mistral4::model::decoder_layer::DecoderLayer;
@@ -58,13 +60,16 @@ pub trait ParameterStore {
 /// A model that is all here, or a stage that is.
 pub struct Whole<'a> {
     model: &'a Mistral4,
+    trained: HashSet<Unit>,
     gradients: &'a mut Gradients,
 }
 
 impl<'a> Whole<'a> {
     /// The model, and where its gradients go.
     pub fn new(model: &'a Mistral4, gradients: &'a mut Gradients) -> Self {
-        Self { model, gradients }
+        let trained = model.parameters().into_iter().filter(|parameter| parameter.trainable);
+        let trained = trained.map(|parameter| Unit::of(&parameter.key, model.text_prefix())).collect();
+        Self { model, trained, gradients }
     }
 }
 
@@ -82,8 +87,8 @@ impl ParameterStore for Whole<'_> {
         (text.model.norm.clone(), text.lm_head.clone())
     }
 
-    fn trains(&self, _: Unit) -> bool {
-        true
+    fn trains(&self, unit: Unit) -> bool {
+        self.trained.contains(&unit)
     }
 
     fn add(&mut self, _: Unit, gradients: Vec<(String, Tensor<1>)>) {

@@ -55,6 +55,11 @@ impl Lane {
         jobs.send(job).expect("the lane's thread runs until the lane is dropped");
         Pending { result: pending, clock: self.clock.clone() }
     }
+
+    /// Whether all jobs are done.
+    pub fn is_idle(&self) -> bool {
+        self.under_way.load(Ordering::Relaxed) == 0
+    }
 }
 
 impl<T> Pending<T> {
@@ -72,7 +77,7 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.jobs = None;
         // A job that nobody waited for is that of a rank that failed, and may wait for others in vain.
-        let is_idle = self.under_way.load(Ordering::Relaxed) == 0;
+        let is_idle = self.is_idle();
         if let Some(thread) = self.thread.take().filter(|_| is_idle) {
             // A lane that failed has said so to those who waited for it.
             let _ = thread.join();

@@ -19,4 +19,4 @@ pub use lane::{Lane, Pending};
 pub use layout::ModelLayout;
 pub use mesh::{Mesh, MeshShape};
 pub use pipeline::Pipeline;
-pub use sharding::{ShardedGradients, ShardedStore, Sharding};
+pub use sharding::{ShardedGradients, ShardedStore, Sharding, ShardingPolicy};

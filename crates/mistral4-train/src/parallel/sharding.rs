@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::cast_slice_mut;
 use half::bf16;
 use mistral4::model::Mistral4;
 use mistral4::model::NamedQuantized;
@@ -68,9 +68,11 @@ impl Sharding {
             }
         }
         let trained = trained.into_iter().map(|(unit, keys)| (unit, Arc::new(keys))).collect();
+        // Waiting for the lane counts as this rank's; what the lane itself waits beside the computing does not.
+        let lane = Lane::new(&groups.others);
         let groups = groups.duplicate();
         let quantized = quantized_parts(model, holdings.sharded_quantized());
-        Self { lane: Lane::new(&groups.others), groups, shapes: Arc::new(shapes), quantized, trained }
+        Self { lane, groups, shapes: Arc::new(shapes), quantized, trained }
     }
 
     /// Shapes by key, to use on another thread.
@@ -133,7 +135,10 @@ fn put_quantized(prefix: &str, weights: Vec<NamedQuantized<'_>>, gathered: &mut 
 /// This rank's parts of gradients that were summed, by key.
 type Summed = Vec<(String, Vec<f32>)>;
 
-/// One pass over a sharded model.
+/// Parameters and quantised weights of a unit on the device, by key.
+type WholeUnit = (HashMap<String, NamedValues>, GatheredQuantized);
+
+/// Passes over a sharded model in one step.
 pub struct ShardedStore<'a> {
     model: &'a Mistral4,
     sharding: &'a Sharding,
@@ -141,10 +146,22 @@ pub struct ShardedStore<'a> {
     /// This rank's parts of each unit's parameters.
     parts: HashMap<Unit, Vec<(String, Tensor<1>)>>,
     ahead: Option<(Unit, Pending<GatheredUnit>)>,
+    /// Units that were gathered and stay, where they do.
+    kept: Option<HashMap<Unit, WholeUnit>>,
     gradients: &'a mut ShardedGradients,
     sums: VecDeque<Pending<Summed>>,
     sums_now: bool,
     sums_each: bool,
+}
+
+/// When ranks of a sharded model communicate.
+#[derive(Debug, Clone, Copy)]
+pub struct ShardingPolicy {
+    /// Whether gradients are summed over the group after each pass, and not only after the last one (see
+    /// [`ParameterStore::set_last`]), until which they wait.
+    pub sums_each: bool,
+    /// Whether what was gathered stays as long as the store.
+    pub keeps_gathered: bool,
 }
 
 /// Gradients of a sharded model.
@@ -157,13 +174,12 @@ pub struct ShardedGradients {
 }
 
 impl<'a> ShardedStore<'a> {
-    /// Passes over a sharded model. After the last one (see [`ParameterStore::set_last`]), or with `sums_each` after
-    /// each, gradients are summed over the group, each rank keeping its part; until then they wait.
+    /// Passes over a sharded model, whose gradients are summed over the group, each rank keeping its part.
     pub fn new(
         model: &'a Mistral4,
         sharding: &'a Sharding,
         gradients: &'a mut ShardedGradients,
-        sums_each: bool,
+        ShardingPolicy { sums_each, keeps_gathered }: ShardingPolicy,
     ) -> Self {
         let mut parts: HashMap<Unit, Vec<(String, Tensor<1>)>> = HashMap::new();
         let prefix = model.text_prefix();
@@ -182,6 +198,7 @@ impl<'a> ShardedStore<'a> {
             device,
             parts,
             ahead: None,
+            kept: keeps_gathered.then(HashMap::new),
             gradients,
             sums: VecDeque::new(),
             sums_now: sums_each,
@@ -206,26 +223,32 @@ impl<'a> ShardedStore<'a> {
         })
     }
 
-    /// The whole parameters and quantised weights of a unit, by key.
-    fn gathered(
-        &mut self,
-        unit: Unit,
-        next: Option<Unit>,
-    ) -> (HashMap<String, NamedValues>, GatheredQuantized) {
-        let pending = match self.ahead.take() {
-            Some((ahead, pending)) if ahead == unit => pending,
-            other => {
-                assert!(other.is_none(), "the walk takes what it announced");
-                self.start_gather(unit)
-            }
-        };
-        let (gathered, quantized) = pending.wait();
-        self.ahead = next.map(|next| (next, self.start_gather(next)));
-        let to_device = |Gathered { key, shape, values }| {
-            let dtype = values.dtype();
-            (key, (shape, Tensor::from_data(values, (&self.device, dtype))))
-        };
-        (gathered.into_iter().map(to_device).collect(), quantized)
+    /// The whole parameters and quantised weights of a unit.
+    fn gathered(&mut self, unit: Unit, next: Option<Unit>) -> WholeUnit {
+        let kept = self.kept.as_ref().and_then(|kept| kept.get(&unit)).cloned();
+        let whole = kept.unwrap_or_else(|| {
+            let pending = match self.ahead.take() {
+                Some((ahead, pending)) if ahead == unit => pending,
+                other => {
+                    assert!(other.is_none(), "the walk takes what it announced");
+                    self.start_gather(unit)
+                }
+            };
+            let (gathered, quantized) = pending.wait();
+            let to_device = |Gathered { key, shape, values }| {
+                let dtype = values.dtype();
+                (key, (shape, Tensor::from_data(values, (&self.device, dtype))))
+            };
+            (gathered.into_iter().map(to_device).collect(), quantized)
+        });
+        if let Some(kept) = &mut self.kept {
+            kept.insert(unit, whole.clone());
+        }
+        let is_here = |unit: &Unit| self.kept.as_ref().is_some_and(|kept| kept.contains_key(unit));
+        if let Some(next) = next.filter(|next| !is_here(next)) {
+            self.ahead = Some((next, self.start_gather(next)));
+        }
+        whole
     }
 
     fn keep_oldest_sum(&mut self) {
@@ -310,57 +333,40 @@ fn gather(
     parts: Vec<(String, Tensor<1>)>,
     shapes: &HashMap<String, Vec<usize>>,
 ) -> Vec<Gathered> {
-    let mut mine = Vec::new();
-    let mut layout = Vec::with_capacity(parts.len());
-    for (key, part) in parts {
-        let data = part.into_data();
-        layout.push((shapes[&key].clone(), data.dtype(), key));
-        mine.extend_from_slice(data.as_bytes());
-    }
-    let bytes = |(shape, dtype, _): &(Vec<usize>, DType, String), rank: usize| {
-        let part = part_of(shape.iter().product(), rank, group.size());
-        part.start * dtype.size()..part.end * dtype.size()
-    };
-    let counts: Vec<usize> =
-        (0..group.size()).map(|rank| layout.iter().map(|entry| bytes(entry, rank).len()).sum()).collect();
-    let mut all = vec![0u8; counts.iter().sum()];
-    group.all_gather_into(&mine, &counts, &mut all);
-    drop(mine);
-    // Where the next parameter's part lies in what each rank gave.
-    let mut at: Vec<usize> = counts
-        .iter()
-        .scan(0, |end, count| {
-            *end += count;
-            Some(*end - count)
-        })
-        .collect();
-    let mut fill = |entry: &(Vec<usize>, DType, String), whole: &mut [u8]| {
-        for (rank, at) in at.iter_mut().enumerate() {
-            let place = bytes(entry, rank);
-            let from = *at..*at + place.len();
-            *at = from.end;
-            whole[place].copy_from_slice(&all[from]);
-        }
-    };
-    let mut gathered = Vec::with_capacity(layout.len());
-    for entry in layout {
-        let elements = entry.0.iter().product();
-        let values = match entry.1 {
-            DType::BF16 => {
-                let mut whole = vec![bf16::ZERO; elements];
-                fill(&entry, cast_slice_mut(&mut whole));
-                TensorData::new(whole, [elements])
-            }
-            DType::F32 => {
-                let mut whole = vec![0.0f32; elements];
-                fill(&entry, cast_slice_mut(&mut whole));
-                TensorData::new(whole, [elements])
-            }
+    let whole = |(key, part): (String, Tensor<1>)| {
+        let shape = shapes[&key].clone();
+        let elements = shape.iter().product();
+        let part = part.into_data();
+        let mut values = match part.dtype() {
+            DType::BF16 => TensorData::new(vec![bf16::ZERO; elements], [elements]),
+            DType::F32 => TensorData::new(vec![0.0f32; elements], [elements]),
             other => unreachable!("parameters are stored in f32 or bf16, not in {other:?}"),
         };
-        gathered.push(Gathered { key: entry.2, shape: entry.0, values });
-    }
+        let mine = part_of(elements, group.rank(), group.size());
+        let width = part.dtype().size();
+        bytes_mut(&mut values)[mine.start * width..mine.end * width].copy_from_slice(part.as_bytes());
+        Gathered { key, shape, values }
+    };
+    let mut gathered: Vec<Gathered> = parts.into_iter().map(whole).collect();
+    let arrays = gathered.iter_mut().map(|Gathered { values, .. }| {
+        let (elements, width) = (values.num_elements(), values.dtype().size());
+        let mut rest = bytes_mut(values);
+        let part = |rank: usize| {
+            let bytes = part_of(elements, rank, group.size()).len() * width;
+            rest.split_off_mut(..bytes).expect("parts cover the whole")
+        };
+        (0..group.size()).map(part).collect()
+    });
+    group.all_gather_parts(arrays.collect());
     gathered
+}
+
+/// The memory of values that were made by [`gather`].
+fn bytes_mut(values: &mut TensorData) -> &mut [u8] {
+    match values.dtype() {
+        DType::BF16 => cast_slice_mut(values.as_mut_slice::<bf16>().expect("the data has this dtype")),
+        _ => cast_slice_mut(values.as_mut_slice::<f32>().expect("the data has this dtype")),
+    }
 }
 
 /// Sums gradients over the group; returns this rank's parts of those that any rank has.
@@ -368,41 +374,21 @@ fn sum_parts(
     group: &Communicator,
     whole: Vec<(String, Option<Tensor<1>>)>,
     shapes: &HashMap<String, Vec<usize>>,
-) -> Vec<(String, Vec<f32>)> {
+) -> Summed {
     let present: Vec<u8> = whole.iter().map(|(_, gradient)| u8::from(gradient.is_some())).collect();
     let present = anywhere(group, &present);
-    let ranks = group.size();
-    let gradients: Vec<(String, usize, Option<TensorData>)> = whole
-        .into_iter()
-        .zip(present)
-        .filter(|(_, present)| *present)
-        .map(|((key, gradient), _)| {
-            let elements = shapes[&key].iter().product();
-            (key, elements, gradient.map(|gradient| gradient.into_data()))
-        })
-        .collect();
-    let part_lengths = |rank: usize| gradients.iter().map(move |&(_, n, _)| part_of(n, rank, ranks).len());
-    let counts: Vec<usize> = (0..ranks).map(|rank| part_lengths(rank).sum()).collect();
-    let mut values: Vec<f32> = Vec::with_capacity(counts.iter().sum());
-    for rank in 0..ranks {
-        for (_, elements, gradient) in &gradients {
-            let part = part_of(*elements, rank, ranks);
-            match gradient {
-                Some(gradient) => {
-                    values.extend_from_slice(&cast_slice::<u8, f32>(gradient.as_bytes())[part]);
-                }
-                None => values.resize(values.len() + part.len(), 0.0),
-            }
-        }
-    }
-    let mut rest = &group.reduce_scatter_sum(&values, &counts)[..];
-    let mut parts = Vec::with_capacity(gradients.len());
-    for ((key, ..), length) in gradients.iter().zip(part_lengths(group.rank())) {
-        let (part, after) = rest.split_at(length);
-        parts.push((key.clone(), part.to_vec()));
-        rest = after;
-    }
-    parts
+    let sum = |(key, gradient): (String, Option<Tensor<1>>)| {
+        let elements: usize = shapes[&key].iter().product();
+        let mut values = match gradient {
+            Some(gradient) => gradient.into_data().try_into_vec::<f32>().expect("gradients are f32"),
+            None => vec![0.0; elements],
+        };
+        let part = |rank: usize| part_of(elements, rank, group.size());
+        let counts: Vec<usize> = (0..group.size()).map(|rank| part(rank).len()).collect();
+        group.reduce_scatter_sum(&mut values, &counts);
+        (key, values[part(group.rank())].to_vec())
+    };
+    whole.into_iter().zip(present).filter(|(_, present)| *present).map(|(entry, _)| sum(entry)).collect()
 }
 
 /// Which of the flags are set on any rank.
@@ -412,17 +398,4 @@ pub(super) fn anywhere(group: &Communicator, flags: &[u8]) -> Vec<bool> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_are_whole_blocks_and_cover_everything() {
-        for (elements, ranks) in [(0, 3), (1, 2), (256, 2), (1000, 3), (65_536, 4)] {
-            let parts: Vec<_> = (0..ranks).map(|rank| part_of(elements, rank, ranks)).collect();
-            assert_eq!((parts[0].start, parts[ranks - 1].end), (0, elements));
-            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
-            assert!(parts.iter().all(|part| part.start.is_multiple_of(BLOCK) || part.start == elements));
-        }
-        assert_eq!(part_of(65_536, 1, 4), 16_384..32_768);
-    }
-}
+mod tests;

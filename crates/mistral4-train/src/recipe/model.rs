@@ -282,6 +282,8 @@ pub struct DistributedConfig {
     pub pipeline: PipelineConfig,
     /// Whether shards are summed over ranks only after the last micro-batch of a step.
     pub defer_fsdp_grad_sync: bool,
+    /// Whether a sharded layer's parameters are freed after its forward pass, and not only at the end of the step.
+    pub reshard_after_forward: bool,
     /// Whether each layer's activations are recomputed in the backward pass.
     pub activation_checkpointing: bool,
 }
@@ -298,12 +300,19 @@ impl Default for DistributedConfig {
             ep_size: 1,
             pipeline: PipelineConfig::default(),
             defer_fsdp_grad_sync: true,
+            reshard_after_forward: true,
             activation_checkpointing: false,
         }
     }
 }
 
 impl DistributedConfig {
+    /// Whether activations are recomputed, of a model that is sharded or is not. The graph of a layer holds its parameters,
+    /// so where these are freed after the forward pass, the layer is run again.
+    pub fn recomputes(&self, is_sharded: bool) -> bool {
+        self.activation_checkpointing || is_sharded && self.reshard_after_forward
+    }
+
     /// Reads the section.
     pub(crate) fn read(root: &mut Section<'_>) -> Result<Self> {
         use Strategy::{FullyShard, Replicate};
@@ -330,6 +339,12 @@ impl DistributedConfig {
         config.defer_fsdp_grad_sync = s
             .bool("defer_fsdp_grad_sync", "gradients are summed over ranks after the last micro-batch only")?
             .unwrap_or(true);
+        config.reshard_after_forward = s
+            .bool(
+                "reshard_after_forward",
+                "a layer's parameters are freed after its forward pass, and its activations recomputed",
+            )?
+            .unwrap_or(true);
         config.activation_checkpointing = s
             .bool("activation_checkpointing", "each layer's activations are recomputed in the backward pass")?
             .unwrap_or(false);
@@ -339,10 +354,7 @@ impl DistributedConfig {
             &["activation_checkpointing_scope", "offload_policy", "cpu_offload"],
             "changes where memory is spent, not the result",
         );
-        s.none_of_effect(
-            &["reshard_after_forward", "enable_fsdp2_prefetch"],
-            "a layer's parameters are gathered ahead, used and freed, in both passes",
-        );
+        s.no_effect("enable_fsdp2_prefetch", "a layer's parameters are always gathered ahead");
         s.no_effect("enable_async_tensor_parallel", "sums over tp_size are not overlapped");
         s.none_of_effect(&["patch_is_packed_sequence", "enable_compile", "multimodal"], "one implementation");
         s.unsupported("mp_policy", "set model.torch_dtype instead");

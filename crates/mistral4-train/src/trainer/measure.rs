@@ -11,7 +11,9 @@ use crate::backward::{Gradients, LabelledInputs, ParameterStore, Whole, evaluate
 use crate::data::Skipped;
 use crate::error::Result;
 use crate::metrics::{StepMetrics, ValidationMetrics, peak_memory_gib, timestamp};
-use crate::parallel::{Communicator, Holdings, Mesh, ModelLayout, ShardedGradients, ShardedStore, Sharding};
+use crate::parallel::{
+    Communicator, Holdings, Mesh, ModelLayout, ShardedGradients, ShardedStore, Sharding, ShardingPolicy,
+};
 use crate::schedule::StepState;
 
 /// How long the step waited for its batches, and the rows that were left out so far, where there are any.
@@ -42,7 +44,8 @@ impl HeldModel<'_> {
         match self.sharding {
             Some(sharding) => {
                 let mut gradients = ShardedGradients::default();
-                evaluate(&mut ShardedStore::new(self.model, sharding, &mut gradients, false))
+                let policy = ShardingPolicy { sums_each: false, keeps_gathered: false };
+                evaluate(&mut ShardedStore::new(self.model, sharding, &mut gradients, policy))
             }
             None => evaluate(&mut Whole::new(self.model, &mut Gradients::default())),
         }

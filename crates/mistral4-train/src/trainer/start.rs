@@ -20,7 +20,7 @@ use crate::guard::{Guard, GuardState};
 use crate::metrics::{self, MetricsFile, RunState, RunStatus};
 use crate::optim::{Optimizer, OptimizerState, ParameterState, Spread};
 use crate::parallel::sharding::BLOCK;
-use crate::parallel::{Mesh, Sharding};
+use crate::parallel::{Mesh, Sharding, ShardingPolicy};
 use crate::recipe::{OptimizerConfig, Recipe, StateDtype};
 use crate::schedule::{LrSchedule, StepScheduler};
 use crate::setup::Setup;
@@ -122,12 +122,15 @@ impl Training {
         let trained = parameters.iter().filter(|parameter| parameter.trainable);
         Ok(Self {
             trained: trained.map(|p| (p.key.clone(), p.values.dims()[0])).collect(),
-            activations: match recipe.distributed.activation_checkpointing {
+            activations: match recipe.distributed.recomputes(mesh.is_sharded()) {
                 true => Activations::Recomputed,
                 false => Activations::Kept,
             },
             extras: Extras::new(recipe),
-            defers_sums: recipe.distributed.defer_fsdp_grad_sync,
+            policy: ShardingPolicy {
+                sums_each: !recipe.distributed.defer_fsdp_grad_sync,
+                keeps_gathered: !recipe.distributed.reshard_after_forward,
+            },
             rank_names: rank_names(&mesh.world),
             mesh,
             sharding,

@@ -7,7 +7,7 @@ use mistral4::model::neftune::EmbeddingNoise;
 use super::Training;
 use super::ranks::{Measured, StepCounts};
 use crate::backward::{
-    Activations, LabelledInputs, LossScale, MicroBatch, MicroBatchLoss, ParameterStore, Stage, Whole,
+    LabelledInputs, LossScale, MicroBatch, MicroBatchLoss, ParameterStore, Stage, Whole,
     forward_backward_from, update_in_backward,
 };
 use crate::data::Batch;
@@ -77,11 +77,11 @@ impl Training {
         let parts = match &self.sharding {
             None => {
                 let mut store = Whole::new(&self.setup.model, &mut gradients.parts);
-                self.passes(&mut store, first, micro_batches, self.activations)?
+                self.passes(&mut store, first, micro_batches)?
             }
             Some(sharding) => {
-                let mut store = ShardedStore::new(&self.setup.model, sharding, gradients, !self.defers_sums);
-                let parts = self.passes(&mut store, first, micro_batches, Activations::Recomputed)?;
+                let mut store = ShardedStore::new(&self.setup.model, sharding, gradients, self.policy);
+                let parts = self.passes(&mut store, first, micro_batches)?;
                 store.finish();
                 parts
             }
@@ -102,9 +102,8 @@ impl Training {
         store: &mut dyn ParameterStore,
         first: usize,
         micro_batches: Vec<MicroBatch>,
-        activations: Activations,
     ) -> Result<Vec<MicroBatchLoss>> {
-        let model = &self.setup.model;
+        let (model, activations) = (&self.setup.model, self.activations);
         let begin = |index| self.setup.dropout.micro_batch(first + index);
         if let Some(pipeline) = &self.setup.layout.pipeline {
             return pipeline.forward_backward(store, model, &micro_batches, activations, &begin);

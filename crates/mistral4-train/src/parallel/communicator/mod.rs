@@ -18,6 +18,10 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 /// Up to this many values, a sum is taken by everybody from everybody's values: one round instead of two.
 const SMALL: usize = 4096;
 
+/// Values of a part that are exchanged at a time when larger ones are summed: few enough to be added while they are in
+/// the caches.
+const PIECE: usize = 1 << 18;
+
 /// Moves bytes between ranks.
 pub trait Transport: Send + Sync {
     /// This rank, counted from 0.
@@ -119,24 +123,45 @@ impl Communicator {
 
     /// Sums over ranks, in place; every rank gets the same bits.
     pub fn all_reduce_sum<T: Number>(&self, values: &mut [T]) {
-        if self.size() == 1 {
+        if self.size() == 1 || values.is_empty() {
             return;
         }
         if values.len() <= SMALL {
             let all = self.all_gather(values);
-            values.copy_from_slice(&sum_of_parts(&all, values.len()));
+            let (first, others) = all.split_at(values.len());
+            values.copy_from_slice(first);
+            others.chunks_exact(values.len()).for_each(|others| add(values, others));
             return;
         }
         let counts = even_counts(values.len(), self.size());
-        let mine = self.reduce_scatter_sum(values, &counts);
-        self.all_gather_into(&mine, &counts, values);
+        self.reduce_scatter_sum(values, &counts);
+        self.all_gather_parts(vec![split_mut(values, &counts)]);
     }
 
-    /// The sum over ranks of each rank's part of `values`, parts of `counts` values in the order of ranks.
-    pub fn reduce_scatter_sum<T: Number>(&self, values: &[T], counts: &[usize]) -> Vec<T> {
-        let mine = counts[self.rank];
-        let all = self.all_to_all(values, counts, &vec![mine; self.size()]);
-        sum_of_parts(&all, mine)
+    /// Sums over ranks each rank's part of `values`, parts of `counts` values in the order of ranks: this rank's part
+    /// becomes the sum, and the others stay.
+    pub fn reduce_scatter_sum<T: Number>(&self, values: &mut [T], counts: &[usize]) {
+        let mut parts = split_mut(values, counts);
+        let mut received = vec![T::zeroed(); counts[self.rank].min(PIECE) * (self.size() - 1)];
+        let longest = counts.iter().max().copied().unwrap_or(0);
+        for start in (0..longest).step_by(PIECE) {
+            let piece = |rank: usize| start.min(counts[rank])..(start + PIECE).min(counts[rank]);
+            let mine = piece(self.rank);
+            let lengths = vec![mine.len(); self.size() - 1];
+            let received = &mut received[..mine.len() * (self.size() - 1)];
+            let sends: Vec<(usize, &[T])> =
+                self.others().map(|rank| (rank, &parts[rank][piece(rank)])).collect();
+            let mut receives: Vec<(usize, &mut [T])> =
+                self.others().zip(split_mut(received, &lengths)).collect();
+            self.exchange(&sends, &mut receives);
+            let sum = &mut parts[self.rank][mine];
+            let (before, after) = receives.split_at_mut(self.rank);
+            if let Some(((_, first), before)) = before.split_first_mut() {
+                before.iter().for_each(|(_, values)| add(first, values));
+                add(sum, first);
+            }
+            after.iter().for_each(|(_, values)| add(sum, values));
+        }
     }
 
     /// Everybody's values, of the same number on every rank, in the order of ranks.
@@ -151,10 +176,17 @@ impl Communicator {
         assert_eq!(mine.len(), counts[self.rank], "what this rank gives");
         let mut parts = split_mut(all, counts);
         parts[self.rank].copy_from_slice(mine);
-        let others = || (0..self.size()).filter(|&rank| rank != self.rank);
-        let sends: Vec<(usize, &[T])> = others().map(|rank| (rank, mine)).collect();
-        let mut receives: Vec<(usize, &mut [T])> = parts.into_iter().enumerate().collect();
-        receives.remove(self.rank);
+        self.all_gather_parts(vec![parts]);
+    }
+
+    /// Fills arrays of which each rank has its part, given as their parts in the order of ranks, all at once.
+    pub fn all_gather_parts<T: Pod>(&self, arrays: Vec<Vec<&mut [T]>>) {
+        let (mut sends, mut receives) = (Vec::new(), Vec::new());
+        for mut parts in arrays {
+            let mine: &[T] = parts.remove(self.rank);
+            sends.extend(self.others().map(|rank| (rank, mine)));
+            receives.extend(self.others().zip(parts));
+        }
         self.exchange(&sends, &mut receives);
     }
 
@@ -258,6 +290,12 @@ impl Communicator {
         &self.clock
     }
 
+    /// The other ranks of the group.
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let rank = self.rank;
+        (0..self.size()).filter(move |&other| other != rank)
+    }
+
     fn exchange<T: Pod>(&self, sends: &[(usize, &[T])], receives: &mut [(usize, &mut [T])]) {
         let sends: Vec<(usize, &[u8])> = sends
             .iter()
@@ -275,14 +313,8 @@ impl Communicator {
     }
 }
 
-/// The first of `parts` values at a time, plus the second, and so on.
-fn sum_of_parts<T: Number>(all: &[T], count: usize) -> Vec<T> {
-    let mut parts = all.chunks_exact(count.max(1));
-    let mut sum = parts.next().map_or_else(Vec::new, <[T]>::to_vec);
-    for part in parts {
-        sum.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
-    }
-    sum
+fn add<T: Number>(sum: &mut [T], values: &[T]) {
+    sum.iter_mut().zip(values).for_each(|(sum, &value)| *sum += value);
 }
 
 /// `total` in `parts` parts, the first ones a value longer where it does not divide.
@@ -324,12 +356,21 @@ mod tests {
     fn check_collectives(c: &Communicator) {
         let (rank, size) = (c.rank(), c.size());
         let value = |rank: usize, i: usize| 1.0 / (1 + rank * 31 + i) as f32;
-        for count in [1, 7, SMALL + 13] {
+        for count in [1, 7, SMALL + 13, size * PIECE + 1] {
             let mut values: Vec<f32> = (0..count).map(|i| value(rank, i)).collect();
             let expected: Vec<f32> =
                 (0..count).map(|i| (1..size).fold(value(0, i), |sum, rank| sum + value(rank, i))).collect();
             c.all_reduce_sum(&mut values);
             assert_eq!(values, expected, "sums are taken in the order of ranks");
+        }
+        // Rank r keeps the r-th part, which for the first rank is empty and for the last one more than a piece.
+        let counts: Vec<usize> = (0..size).map(|r| r * (PIECE / (size - 1).max(1) + 1)).collect();
+        let mut values: Vec<u64> = (0..counts.iter().sum()).map(|i| (i * size + rank) as u64).collect();
+        c.reduce_scatter_sum(&mut values, &counts);
+        let ranks = (size * (size - 1) / 2) as u64;
+        for (i, &sum) in split(&values, &counts)[rank].iter().enumerate() {
+            let i = (counts[..rank].iter().sum::<usize>() + i) * size;
+            assert_eq!(sum, (i * size) as u64 + ranks);
         }
         assert_eq!(
             c.all_gather(&[rank as u64, 7]),
