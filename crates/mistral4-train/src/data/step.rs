@@ -58,34 +58,35 @@ pub(super) fn deal(
     options: &LoaderOptions,
     rank: DataRank,
 ) -> (Vec<MicroBatch>, usize) {
-    let groups: Vec<Vec<usize>> = match options.max_tokens_per_micro_batch {
-        None => {
-            let all: Vec<usize> = (0..rows.len()).collect();
-            all.chunks(options.local_batch_size).map(<[usize]>::to_vec).collect()
-        }
-        Some(most) => {
-            let mut longest_first: Vec<usize> = (0..rows.len()).collect();
-            longest_first.sort_by_key(|&row| std::cmp::Reverse(rows[row].tokens));
-            let mut bins: Vec<(usize, Vec<usize>)> = Vec::new();
-            for row in longest_first {
-                let tokens = rows[row].tokens;
-                match bins.iter_mut().find(|(used, _)| used + tokens <= most) {
-                    Some((used, bin)) => {
-                        *used += tokens;
-                        bin.push(row);
-                    }
-                    None => bins.push((tokens, vec![row])),
-                }
-            }
-            bins.into_iter().map(|(_, bin)| bin).collect()
-        }
-    };
+    let groups = groups(&rows, options.max_tokens_per_micro_batch, options.local_batch_size);
     let (share, rounds) = rank.share(groups.len());
     let mut rows: Vec<Option<PlannedRow>> = rows.into_iter().map(Some).collect();
     let mine = groups[share].iter().map(|group| {
         group.iter().flat_map(|&row| rows[row].take().expect("a row is in one group").items).collect()
     });
     (mine.collect(), rounds)
+}
+
+/// Rows of each micro-batch.
+fn groups(rows: &[PlannedRow], most_tokens: Option<usize>, most_rows: usize) -> Vec<Vec<usize>> {
+    let Some(most) = most_tokens else {
+        let all: Vec<usize> = (0..rows.len()).collect();
+        return all.chunks(most_rows).map(<[usize]>::to_vec).collect();
+    };
+    let mut longest_first: Vec<usize> = (0..rows.len()).collect();
+    longest_first.sort_by_key(|&row| std::cmp::Reverse(rows[row].tokens));
+    let mut bins: Vec<(usize, Vec<usize>)> = Vec::new();
+    for row in longest_first {
+        let tokens = rows[row].tokens;
+        match bins.iter_mut().find(|(used, _)| used + tokens <= most) {
+            Some((used, bin)) => {
+                *used += tokens;
+                bin.push(row);
+            }
+            None => bins.push((tokens, vec![row])),
+        }
+    }
+    bins.into_iter().map(|(_, bin)| bin).collect()
 }
 
 /// Makes samples and batches.
@@ -219,3 +220,31 @@ impl BatchMaker {
 
 /// Shared by the planner and the threads that make batches.
 pub(super) type SharedMaker = Arc<BatchMaker>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(tokens: &[usize]) -> Vec<PlannedRow> {
+        tokens.iter().map(|&tokens| PlannedRow { items: Vec::new(), tokens }).collect()
+    }
+
+    #[test]
+    fn micro_batches_fill_up_to_their_tokens_longest_rows_first() {
+        let lengths = [10, 90, 40, 60, 30, 120, 5];
+        for most in [100, 120, 1000] {
+            let groups = groups(&rows(&lengths), Some(most), 2);
+            let mut dealt: Vec<usize> = groups.concat();
+            dealt.sort_unstable();
+            assert_eq!(dealt, (0..lengths.len()).collect::<Vec<_>>(), "each row once");
+            for group in &groups {
+                let tokens: usize = group.iter().map(|&row| lengths[row]).sum();
+                // A row longer than the limit is alone.
+                assert!(tokens <= most || group.len() == 1, "{group:?} of {most}");
+                assert!(group.windows(2).all(|pair| lengths[pair[0]] >= lengths[pair[1]]));
+            }
+        }
+        assert_eq!(groups(&rows(&lengths), Some(100), 2), [vec![5], vec![1, 0], vec![3, 2], vec![4, 6]]);
+        assert_eq!(groups(&rows(&[1, 9, 1]), None, 2), [vec![0, 1], vec![2]]);
+    }
+}

@@ -318,3 +318,78 @@ fn dense(weight: &QuantizedMatrix, dtype: DType, runs: &[Range<usize>]) -> HostD
         _ => HostData::F32(values(weight, 0.0, runs)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use mistral4::Mistral4;
+    use mistral4::model::moe::MoeOptions;
+    use mistral4::weights::InitialSource;
+    use mistral4_checkpoint::config::{ConfigFile, ConfigOptions};
+
+    use super::*;
+    use crate::recipe::DistributedConfig;
+
+    /// Counts the values that are asked for of each parameter.
+    struct Counting<'a> {
+        source: InitialSource<'a>,
+        read: Mutex<HashMap<String, usize>>,
+    }
+
+    impl Counting<'_> {
+        fn count(&self, key: &str, values: usize) {
+            *self.read.lock().unwrap().entry(key.to_owned()).or_default() += values;
+        }
+    }
+
+    impl ParameterSource for Counting<'_> {
+        fn tensor(&self, key: &str, shape: &[usize], f32: bool) -> mistral4::Result<HostTensor> {
+            self.count(key, shape.iter().product());
+            self.source.tensor(key, shape, f32)
+        }
+
+        fn part(
+            &self,
+            key: &str,
+            shape: &[usize],
+            f32: bool,
+            range: Range<usize>,
+        ) -> mistral4::Result<HostTensor> {
+            self.count(key, range.len());
+            self.source.part(key, shape, f32, range)
+        }
+
+        fn dtype(&self) -> DType {
+            self.source.dtype()
+        }
+    }
+
+    #[test]
+    fn a_rank_asks_for_its_part_of_sharded_parameters_alone() {
+        let config = ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap().text_only().config;
+        let distributed = DistributedConfig { ep_size: 2, ..DistributedConfig::default() };
+        let mesh = MeshShape::new(&distributed, 4).unwrap();
+        let division = Division::new(mesh, true, &config, distributed.pipeline).unwrap();
+        let mut sharded = HashMap::<String, usize>::new();
+        let mut wholes = HashMap::new();
+        for rank in 0..4 {
+            let source = InitialSource::new(&config, 3, DType::F32);
+            let counting = Counting { source, read: Mutex::default() };
+            let held = HeldSource::new(&counting, &division, rank);
+            Mistral4::new(&config, MoeOptions::default(), &held, &Device::flex()).unwrap();
+            let shapes = held.into_holdings().shapes;
+            for (key, read) in counting.read.into_inner().unwrap() {
+                let whole = shapes[&key].iter().product::<usize>();
+                if is_kept_whole(&key) {
+                    assert_eq!(read, whole, "{key} of rank {rank}");
+                } else {
+                    let of_rank = division.held(&key, &shapes[&key], rank).unwrap().range.len();
+                    assert_eq!(read, of_rank, "{key} of rank {rank}");
+                    *sharded.entry(key.clone()).or_default() += read;
+                    wholes.insert(key, whole);
+                }
+            }
+        }
+        assert!(sharded.len() > 10 && sharded == wholes, "the ranks' parts are all of each parameter, once");
+    }
+}
