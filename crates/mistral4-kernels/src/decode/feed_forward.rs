@@ -177,9 +177,8 @@ pub(super) fn forward(isa: Isa, layer: &DecodeLayer, x: &[bf16], out: &mut [bf16
     };
 
     // Back to the residual stream: routed and shared experts together.
-    let down_bytes = |weight: &DecodeWeight| weight.matrix_bytes();
-    let routed_bytes = experts.map_or(0, |experts| top_k * down_bytes(&experts.down_proj));
-    let down_cut = Cut::new(1, hidden, routed_bytes + down_bytes(&mlp.down_proj));
+    let routed_bytes = experts.map_or(0, |experts| top_k * experts.down_proj.matrix_bytes());
+    let down_cut = Cut::new(1, hidden, routed_bytes + mlp.down_proj.matrix_bytes());
     let out = Shared::new(out);
     let down = |tasks: &mut Tasks<'_>| {
         let prepare = || {
