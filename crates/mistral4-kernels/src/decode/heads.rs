@@ -2,7 +2,7 @@
 use super::weight::store;
 use crate::element::Element;
 use crate::experts::add_scaled;
-use crate::gemm::{Rows, combine_rows, dot_rows};
+use crate::gemm::{Rows, combine_each, combine_rows, dot_rows};
 use crate::isa::Isa;
 use crate::rope::{RopeDims, rotate_token};
 use crate::scratch;
@@ -190,9 +190,10 @@ impl Heads<'_> {
             unsafe { super::avx512::weigh(scores, (0..count).map(row), rank, stride, out) };
             return;
         }
+        let factors = Rows { data: scores, stride: count, count: scores.len() / count };
+        let rows = Rows { data: cached, stride: width, count: seen };
+        combine_each(isa, factors, rows, &mut *out, [rank, stride]);
         for (scores, out) in scores.chunks_exact(count).zip(out.chunks_mut(stride)) {
-            let rows = Rows { data: cached, stride: width, count: seen };
-            combine_rows(isa, &scores[..seen], rows, &mut out[..rank]);
             for (out, value) in out.iter_mut().zip(own.unwrap_or_default()).take(rank) {
                 *out += scores[seen] * Element::to_f32(*value);
             }

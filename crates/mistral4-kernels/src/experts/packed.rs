@@ -3,7 +3,7 @@ use super::forward::{RightOperands, Tokens, forward};
 use super::groups::Groups;
 use super::{Activation, ExpertDims};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, HALF, NR, PackedMatrix, Upcoming, multiply_packed};
+use crate::gemm::{Bf16Pair, HALF, NR, PackedMatrix, Panel, Upcoming, multiplies_pairs, multiply_packed};
 use crate::isa::Isa;
 use crate::quantized::StackDims;
 use std::ops::Range;
@@ -50,7 +50,12 @@ pub fn packed_experts<X: Element, I: Index>(experts: &PackedExperts<'_, X, I>, o
     assert!(down.dims() == stack && !down.is_gated(), "down is [E, D, F]");
     let groups = Groups::new(indices, top_k, count);
     let tokens = Tokens { dims, activation, x, weights };
-    forward(Isa::active(), tokens, &Weights { gate_up, down }, &groups, out);
+    let (isa, weights) = (Isa::active(), Weights { gate_up, down });
+    if multiplies_pairs(isa, groups.most_rows()) {
+        forward::<Bf16Pair, X>(isa, tokens, &weights, &groups, out);
+    } else {
+        forward::<f32, X>(isa, tokens, &weights, &groups, out);
+    }
 }
 
 struct Weights<'a> {
@@ -58,12 +63,12 @@ struct Weights<'a> {
     down: &'a PackedMatrix,
 }
 
-impl RightOperands<Bf16Pair> for Weights<'_> {
+impl<P: Panel> RightOperands<P> for Weights<'_> {
     fn gate_up(
         &self,
         isa: Isa,
         groups: &Groups,
-        left: &[Bf16Pair],
+        left: &[P],
         cols: Range<usize>,
         finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
     ) {
@@ -75,7 +80,7 @@ impl RightOperands<Bf16Pair> for Weights<'_> {
         &self,
         isa: Isa,
         groups: &Groups,
-        left: &[Bf16Pair],
+        left: &[P],
         cols: Range<usize>,
         finish: &mut dyn FnMut(Range<usize>, &mut [f32]),
     ) {
@@ -84,10 +89,10 @@ impl RightOperands<Bf16Pair> for Weights<'_> {
 }
 
 /// Multiplies with some panels of every used expert.
-fn multiply(
+fn multiply<P: Panel>(
     isa: Isa,
     groups: &Groups,
-    left: &[Bf16Pair],
+    left: &[P],
     weight: &PackedMatrix,
     panels: Range<usize>,
     finish: &mut dyn FnMut(Range<usize>, &mut [f32]),

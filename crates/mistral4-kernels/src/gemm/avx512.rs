@@ -1,6 +1,6 @@
 //! Register tiles of up to 12 x 32 sums for AVX-512.
 use super::panel::{Bf16Pair, NR, TileOut};
-use super::{LINE, prefetch};
+use super::upcoming::{Fetch, LINE};
 use std::arch::x86_64::*;
 
 /// Calls `$kernel::<rows>` for `rows` in `1..=MR`.
@@ -22,35 +22,6 @@ macro_rules! by_rows {
             rows => unreachable!("a tile of {rows} rows"),
         }
     };
-}
-
-/// Memory that a later tile reads, fetched a line a step: many requests at once would keep this tile's own waiting.
-struct Fetch {
-    next: *const i8,
-    lines: usize,
-}
-
-impl Fetch {
-    /// The lines for which there is no step are asked for at once.
-    #[inline(always)]
-    fn new(memory: &[u8], steps: usize) -> Self {
-        let lines = memory.len() / LINE;
-        let at_once = lines.saturating_sub(steps) * LINE;
-        prefetch(&memory[..at_once]);
-        Self { next: memory[at_once..].as_ptr().cast(), lines: lines.min(steps) }
-    }
-
-    #[inline(always)]
-    fn line(&mut self) {
-        if self.lines > 0 {
-            // SAFETY: a prefetch may point anywhere; `next` stays in the memory or just behind it.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(self.next);
-                self.next = self.next.add(LINE);
-            }
-            self.lines -= 1;
-        }
-    }
 }
 
 /// # Safety

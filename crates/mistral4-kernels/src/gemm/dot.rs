@@ -1,5 +1,4 @@
 //! Products with few left rows: weights are read once, in place, at the speed of memory.
-use super::pairs;
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::scratch;
@@ -7,12 +6,19 @@ use crate::vector::{mul_add, per_isa};
 
 /// Right rows handled together.
 const ROWS: usize = 4;
+/// Left and right rows handled together where there are several left ones: each value is widened for fewer products.
+const BLOCK: [usize; 2] = [4, 2];
 /// Partial sums of one `f32` dot product.
 const LANES: usize = 16;
 
 /// Left rows up to which dot products in place beat packing.
 pub(crate) fn few_rows<X: Element, W: Element>(isa: Isa) -> usize {
-    if pairs::<X, W>(isa) { 6 } else { 3 }
+    if has_pair_dots::<X, W>(isa) { 6 } else { 3 }
+}
+
+/// Whether the processor multiplies pairs of these types in one instruction.
+fn has_pair_dots<X: Element, W: Element>(isa: Isa) -> bool {
+    X::IS_BF16 && W::IS_BF16 && isa == Isa::Avx512Bf16
 }
 
 /// Rows of a matrix, `stride` apart.
@@ -39,7 +45,7 @@ pub(crate) fn dot_rows<X: Element, W: Element>(
 ) {
     assert_eq!(out.len(), x.count * w.count);
     #[cfg(target_arch = "x86_64")]
-    if pairs::<X, W>(isa) {
+    if has_pair_dots::<X, W>(isa) {
         for j in (0..w.count).step_by(ROWS) {
             for i in (0..x.count).step_by(avx512::LEFT_ROWS) {
                 let rows = avx512::Block {
@@ -55,27 +61,82 @@ pub(crate) fn dot_rows<X: Element, W: Element>(
                 // Both ends of each block are in bounds.
                 x.row(i + rows.x_rows - 1, depth);
                 w.row(j + rows.w_rows - 1, depth);
-                // SAFETY: the rows are in bounds, hold bf16 (`pairs`), and the processor has AVX-512 BF16.
+                // SAFETY: the rows are in bounds, hold bf16, and the processor has AVX-512 BF16.
                 unsafe { avx512::dot_block(rows, out[i * w.count + j..].as_mut_ptr()) };
             }
         }
         return;
     }
-    for i in 0..x.count {
-        let row = x.row(i, depth);
-        let mut wide = scratch::take::<f32>(depth);
-        for (wide, x) in wide.iter_mut().zip(row) {
+    let mut wide = scratch::take::<f32>(x.count * depth);
+    for (i, wide) in wide.chunks_exact_mut(depth.max(1)).enumerate() {
+        for (wide, x) in wide.iter_mut().zip(x.row(i, depth)) {
             *wide = x.to_f32();
         }
+    }
+    let wide = |i: usize| &wide[i * depth..(i + 1) * depth];
+    let blocked = x.count / BLOCK[0] * BLOCK[0];
+    // Rows of a short last block appear in it several times.
+    for j in (0..w.count).step_by(BLOCK[1]) {
+        let right = std::array::from_fn(|r| w.row((j + r).min(w.count - 1), depth));
+        for i in (0..blocked).step_by(BLOCK[0]) {
+            let sums = dot_block(isa, std::array::from_fn(|r| wide(i + r)), right);
+            for (r, sums) in sums.into_iter().enumerate() {
+                let out = &mut out[(i + r) * w.count..(i + r + 1) * w.count][j..];
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
+            }
+        }
+    }
+    for i in blocked..x.count {
         let out = &mut out[i * w.count..(i + 1) * w.count];
         for (j, out) in out.chunks_mut(ROWS).enumerate() {
             let last = out.len() - 1;
-            // A short last block reads its last row several times.
-            let rows = std::array::from_fn(|r| w.row(j * ROWS + r.min(last), depth));
-            let sums = dot_four(isa, &wide, rows);
+            let right = std::array::from_fn(|r| w.row(j * ROWS + r.min(last), depth));
+            let sums = dot_four(isa, wide(i), right);
             out.copy_from_slice(&sums[..out.len()]);
         }
     }
+}
+
+per_isa! {
+    fn dot_block<W: Element>(x: [&[f32]; BLOCK[0]], w: [&[W]; BLOCK[1]]) -> [[f32; BLOCK[1]]; BLOCK[0]] = dot_block_body;
+}
+
+#[inline(always)]
+fn dot_block_body<W: Element, const FMA: bool>(
+    x: [&[f32]; BLOCK[0]],
+    w: [&[W]; BLOCK[1]],
+) -> [[f32; BLOCK[1]]; BLOCK[0]] {
+    /// Partial sums of one product: eight times as many are kept.
+    const LANES: usize = 8;
+    let split = w[0].len() / LANES * LANES;
+    let [x0, x1, x2, x3] = x.map(|x| x[..split].as_chunks::<LANES>().0);
+    let [w0, w1] = w.map(|w| w[..split].as_chunks::<LANES>().0);
+    let mut sums = [[[0.0f32; LANES]; BLOCK[1]]; BLOCK[0]];
+    for (((((x0, x1), x2), x3), w0), w1) in x0.iter().zip(x1).zip(x2).zip(x3).zip(w0).zip(w1) {
+        let (mut a, mut b) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for i in 0..LANES {
+            a[i] = w0[i].to_f32();
+            b[i] = w1[i].to_f32();
+        }
+        for i in 0..LANES {
+            sums[0][0][i] = mul_add::<FMA>(x0[i], a[i], sums[0][0][i]);
+            sums[0][1][i] = mul_add::<FMA>(x0[i], b[i], sums[0][1][i]);
+            sums[1][0][i] = mul_add::<FMA>(x1[i], a[i], sums[1][0][i]);
+            sums[1][1][i] = mul_add::<FMA>(x1[i], b[i], sums[1][1][i]);
+            sums[2][0][i] = mul_add::<FMA>(x2[i], a[i], sums[2][0][i]);
+            sums[2][1][i] = mul_add::<FMA>(x2[i], b[i], sums[2][1][i]);
+            sums[3][0][i] = mul_add::<FMA>(x3[i], a[i], sums[3][0][i]);
+            sums[3][1][i] = mul_add::<FMA>(x3[i], b[i], sums[3][1][i]);
+        }
+    }
+    let mut out = [[0.0f32; BLOCK[1]]; BLOCK[0]];
+    for ((out, sums), x) in out.iter_mut().zip(sums).zip(x) {
+        for ((out, sums), w) in out.iter_mut().zip(sums).zip(w) {
+            let rest: f32 = x[split..].iter().zip(&w[split..]).map(|(x, w)| x * w.to_f32()).sum();
+            *out = sums.iter().sum::<f32>() + rest;
+        }
+    }
+    out
 }
 
 per_isa! {
@@ -142,6 +203,76 @@ fn combine_body<X: Element, W: Element, const FMA: bool>(factors: &[X], rows: Ro
         let factor = factor.to_f32();
         for (out, value) in tail.iter_mut().zip(&rows.data[k * rows.stride + wide..]) {
             *out = mul_add::<FMA>(factor, value.to_f32(), *out);
+        }
+    }
+}
+
+/// Rows of factors that [`combine_each`] takes at once: each value is widened for fewer products.
+const TOGETHER: usize = 4;
+
+/// `out[i * stride..][..columns] = sum_k factors[i, k] rows[k]` for several rows of factors, of which each has one for each
+/// of `rows`.
+pub(crate) fn combine_each<W: Element>(
+    isa: Isa,
+    factors: Rows<'_, f32>,
+    rows: Rows<'_, W>,
+    out: &mut [f32],
+    [columns, stride]: [usize; 2],
+) {
+    assert!(factors.count == 0 || out.len() >= (factors.count - 1) * stride + columns);
+    let of = |i: usize| factors.row(i, rows.count);
+    let mut outs = out.chunks_mut(stride).take(factors.count).map(|out| &mut out[..columns]);
+    let fours = factors.count / TOGETHER * TOGETHER;
+    for first in (0..fours).step_by(TOGETHER) {
+        let out = std::array::from_fn(|_| outs.next().expect("a row of results for each of factors"));
+        combine_four(isa, std::array::from_fn(|i| of(first + i)), rows, out);
+    }
+    for (i, out) in (fours..).zip(outs) {
+        combine_rows(isa, of(i), rows, out);
+    }
+}
+
+per_isa! {
+    fn combine_four<W: Element>(
+        factors: [&[f32]; TOGETHER],
+        rows: Rows<'_, W>,
+        out: [&mut [f32]; TOGETHER],
+    ) = combine_four_body;
+}
+
+#[inline(always)]
+fn combine_four_body<W: Element, const FMA: bool>(
+    factors: [&[f32]; TOGETHER],
+    rows: Rows<'_, W>,
+    mut out: [&mut [f32]; TOGETHER],
+) {
+    /// Columns at once: two registers of AVX2 for each row of factors.
+    const COLUMNS: usize = 16;
+    let columns = out[0].len();
+    let [f0, f1, f2, f3] = factors;
+    for first in (0..columns / COLUMNS * COLUMNS).step_by(COLUMNS) {
+        let mut sums = [[0.0f32; COLUMNS]; TOGETHER];
+        for (k, (((f0, f1), f2), f3)) in f0.iter().zip(f1).zip(f2).zip(f3).enumerate() {
+            let row = &rows.data[k * rows.stride + first..].as_chunks::<COLUMNS>().0[0];
+            let mut wide = [0.0f32; COLUMNS];
+            for i in 0..COLUMNS {
+                wide[i] = row[i].to_f32();
+            }
+            for i in 0..COLUMNS {
+                sums[0][i] = mul_add::<FMA>(*f0, wide[i], sums[0][i]);
+                sums[1][i] = mul_add::<FMA>(*f1, wide[i], sums[1][i]);
+                sums[2][i] = mul_add::<FMA>(*f2, wide[i], sums[2][i]);
+                sums[3][i] = mul_add::<FMA>(*f3, wide[i], sums[3][i]);
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(sums) {
+            out[first..first + COLUMNS].copy_from_slice(&sums);
+        }
+    }
+    for column in columns / COLUMNS * COLUMNS..columns {
+        let column_of = |k: usize| rows.data[k * rows.stride + column].to_f32();
+        for (out, factors) in out.iter_mut().zip(factors) {
+            out[column] = factors.iter().enumerate().map(|(k, factor)| factor * column_of(k)).sum();
         }
     }
 }

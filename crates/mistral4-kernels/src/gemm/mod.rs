@@ -11,22 +11,26 @@ mod dot;
 mod linear;
 mod pack;
 #[cfg(target_arch = "x86_64")]
+mod pack_avx2;
+#[cfg(target_arch = "x86_64")]
 mod pack_avx512;
 mod packed;
 mod panel;
 mod portable;
+mod upcoming;
 
-pub(crate) use dot::{Rows, combine_rows, dot_rows, few_rows};
+pub(crate) use dot::{Rows, combine_each, combine_rows, dot_rows, few_rows};
 pub use linear::{LinearDims, linear, linear_backward_input, linear_backward_weight};
 pub(crate) use pack::{pack_lanes, pack_rows};
-pub(crate) use packed::HALF;
+pub(crate) use packed::{HALF, multiplies_pairs};
 pub use packed::{PackedMatrix, packed_linear};
 pub(crate) use panel::{Bf16Pair, MR, NR, Panel, TileOut};
+pub(crate) use upcoming::Upcoming;
 
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::scratch::{self, Plain};
+use crate::scratch;
 use crate::vector::per_isa;
 use std::ops::Range;
 
@@ -344,8 +348,8 @@ pub(crate) fn multiply_rows<P: Panel>(
         return;
     }
     let panels = sums.len() / (rows.len() * NR);
-    // Steps of one part of the summed axis: 32 KiB of each panel, and 128 KiB of all.
-    let block = (1024 / panels.max(1)).clamp(16, BLOCK);
+    // Steps of one part of the summed axis: 128 KiB of all panels at most.
+    let block = (1024 / panels.max(1)).clamp(16, P::BLOCK);
     assert_eq!(sums.len(), panels * rows.len() * NR);
     let left = Left::new(left, rows, depth);
     if left.steps == 0 {
@@ -363,32 +367,30 @@ pub(crate) fn multiply_rows<P: Panel>(
     }
 }
 
-/// As [`multiply_rows`] with a right operand whose panels are packed already, each over the whole summed axis.
+/// As [`multiply_rows`] with a right operand whose panels are packed already as pairs, each over the whole summed axis.
 pub(crate) fn multiply_packed<'a, P: Panel>(
     isa: Isa,
     left: &[P],
     rows: Range<usize>,
     depth: usize,
-    panels: impl Iterator<Item = &'a [P]>,
+    panels: impl Iterator<Item = &'a [Bf16Pair]>,
     next: &mut Upcoming<'_>,
     sums: &mut [f32],
 ) {
     let left = Left::new(left, rows, depth);
-    // What passes by once needs no place in the cache.
-    let block = if left.rows.len() <= MR { left.steps } else { BLOCK };
+    // What passes by once, as it is, needs no place in the cache.
+    let block = if P::STEP == Bf16Pair::STEP && left.rows.len() <= MR { left.steps } else { P::BLOCK };
+    let mut space = P::space(block.min(left.steps));
     for (panel, sums) in panels.zip(sums.chunks_exact_mut((left.rows.len() * NR).max(1))) {
         if left.steps == 0 {
             sums.fill(0.0);
         }
         for first in (0..left.steps).step_by(block.max(1)) {
             let steps = first..(first + block).min(left.steps);
-            left.multiply(isa, steps.clone(), &panel[first * NR..steps.end * NR], next, sums);
+            left.multiply(isa, steps.clone(), P::of_pairs(isa, panel, steps, &mut space), next, sums);
         }
     }
 }
-
-/// Steps of the summed axis after which a right panel of bf16 pairs has passed 32 KiB.
-const BLOCK: usize = 256;
 
 /// Rows of a packed left operand.
 struct Left<'a, P> {
@@ -421,55 +423,6 @@ impl<'a, P: Panel> Left<'a, P> {
             unsafe { P::tile(isa, tile.len(), left, right, out, next.piece()) };
         }
     }
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Memory that later products read, of which every tile until then fetches a piece.
-pub(crate) struct Upcoming<'a> {
-    parts: [&'a [u8]; 2],
-    piece: usize,
-}
-
-impl<'a> Upcoming<'a> {
-    pub(crate) fn none() -> Self {
-        Self { parts: [&[]; 2], piece: 0 }
-    }
-
-    /// Two stretches of memory, fetched while `tiles` tiles are multiplied.
-    pub(crate) fn new<T: Plain>(parts: [&'a [T]; 2], tiles: usize) -> Self {
-        // SAFETY: plain values have no padding, and bytes no alignment.
-        let bytes = |part: &'a [T]| unsafe {
-            std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(part))
-        };
-        let parts = parts.map(bytes);
-        let piece = (parts[0].len() + parts[1].len()).div_ceil(tiles.max(1)).next_multiple_of(LINE);
-        Self { parts, piece }
-    }
-
-    /// What the next tile is to fetch.
-    fn piece(&mut self) -> &'a [u8] {
-        let part = if self.parts[0].is_empty() { &mut self.parts[1] } else { &mut self.parts[0] };
-        let (now, later) = part.split_at(self.piece.min(part.len()));
-        *part = later;
-        now
-    }
-}
-
-/// Asks for values to be brought into the second-level cache.
-pub(crate) fn prefetch<T>(values: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        let bytes = size_of_val(values);
-        for line in (0..bytes).step_by(LINE) {
-            // SAFETY: the address lies in the slice; a prefetch has no other effect.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().add(line)) };
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
 }
 
 /// A rectangle of a matrix: its first element, the distance between its rows, and its columns.

@@ -1,7 +1,7 @@
 //! Packing of operands into tiles and panels.
-#[cfg(target_arch = "x86_64")]
-use super::pack_avx512;
 use super::panel::{NR, Panel};
+#[cfg(target_arch = "x86_64")]
+use super::{pack_avx2, pack_avx512};
 use crate::element::Element;
 use crate::isa::Isa;
 
@@ -19,12 +19,18 @@ pub(crate) fn pack_lanes<'a, P: Panel, T: Element>(
     let steps = depth.div_ceil(P::STEP);
     assert!(lanes <= width && out.len() == steps * width);
     #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 {
-        // SAFETY: each lane is cut to `depth`, `out` has been measured, and the processor has AVX-512.
+    {
+        let (lane, out) = (|i: usize| lane(i)[..depth].as_ptr(), out.as_mut_ptr());
+        // SAFETY: each lane is cut to `depth`, `out` has been measured, and the processor has the instructions.
         unsafe {
-            pack_avx512::pack_lanes(depth, lanes, width, |i| lane(i)[..depth].as_ptr(), out.as_mut_ptr());
+            match isa {
+                Isa::Avx512 | Isa::Avx512Bf16 => {
+                    return pack_avx512::pack_lanes(depth, lanes, width, lane, out);
+                }
+                Isa::Avx2 => return pack_avx2::pack_lanes(depth, lanes, width, lane, out),
+                Isa::Portable => {}
+            }
         }
-        return;
     }
     let _ = isa;
     for i in 0..lanes {
@@ -58,12 +64,18 @@ pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 {
-        // SAFETY: each row is cut to `lanes`, `out` has been measured, and the processor has AVX-512.
+    {
+        let (row, out) = (|k: usize| row(k)[..lanes].as_ptr(), out.as_mut_ptr());
+        // SAFETY: each row is cut to `lanes`, `out` has been measured, and the processor has the instructions.
         unsafe {
-            pack_avx512::pack_rows(depth, lanes, width, |k| row(k)[..lanes].as_ptr(), out.as_mut_ptr());
+            match isa {
+                Isa::Avx512 | Isa::Avx512Bf16 => {
+                    return pack_avx512::pack_rows(depth, lanes, width, row, out);
+                }
+                Isa::Avx2 => return pack_avx2::pack_rows(depth, lanes, width, row, out),
+                Isa::Portable => {}
+            }
         }
-        return;
     }
     let _ = isa;
     for (panel, out) in out.chunks_exact_mut(steps * width.min(NR)).enumerate() {

@@ -1,6 +1,6 @@
 //! Weights packed once: frozen bf16 matrices in the order in which products read them.
 use super::{
-    Bf16Pair, MR, NR, Panel, Target, Upcoming, multiply_packed, pack_lanes, pack_left, row_parts,
+    Bf16Pair, MR, NR, Panel, Target, Upcoming, multiply_packed, pack_lanes, pack_left, pairs, row_parts,
     streamed_rows, tiles, write_rows,
 };
 use crate::element::Element;
@@ -51,11 +51,6 @@ impl PackedMatrix {
     pub fn gated(dims: StackDims, values: &[bf16]) -> Self {
         assert!(dims.rows.is_multiple_of(2), "gate and up have the same rows");
         Self::pack(dims, values, true)
-    }
-
-    /// Whether products with packed weights run at full speed on this processor: it multiplies bf16 pairs.
-    pub fn is_fast() -> bool {
-        Isa::active() == Isa::Avx512Bf16
     }
 
     fn pack(dims: StackDims, values: &[bf16], is_gated: bool) -> Self {
@@ -154,12 +149,36 @@ pub fn packed_linear<X: Element, Y: Element>(rows: usize, x: &[X], weight: &Pack
     assert_eq!(x.len(), rows * inputs, "x is [rows, inputs]");
     assert_eq!(y.len(), rows * outputs, "y is [rows, outputs]");
     let isa = Isa::active();
+    if multiplies_pairs(isa, rows) {
+        multiply::<Bf16Pair, X, Y>(isa, rows, x, weight, y);
+    } else {
+        multiply::<f32, X, Y>(isa, rows, x, weight, y);
+    }
+}
+
+/// Whether products of so many rows with packed weights multiply the pairs themselves. Where the processor has no
+/// instruction for that, pairs are taken apart in registers for each few rows; more rows multiply floats, which are made
+/// from them once.
+pub(crate) fn multiplies_pairs(isa: Isa, rows: usize) -> bool {
+    /// Rows up to which taking pairs apart again and again costs less.
+    const FEW: usize = 6;
+    pairs::<bf16, bf16>(isa) || rows <= FEW
+}
+
+fn multiply<P: Panel, X: Element, Y: Element>(
+    isa: Isa,
+    rows: usize,
+    x: &[X],
+    weight: &PackedMatrix,
+    y: &mut [Y],
+) {
+    let StackDims { rows: outputs, columns: inputs, .. } = weight.dims;
     let chunk = task_panels(weight, rows);
     let chunks = panels(outputs).div_ceil(chunk);
     let parts = row_parts(rows, chunks);
     let part_rows = |part: usize| rows * part / parts..rows * (part + 1) / parts;
     let tiles: Vec<_> = (0..parts).flat_map(|part| tiles(part_rows(part))).collect();
-    let left = pack_left::<Bf16Pair, X>(isa, &tiles, inputs, |row| &x[row * inputs..(row + 1) * inputs]);
+    let left = pack_left::<P, X>(isa, &tiles, inputs, |row| &x[row * inputs..(row + 1) * inputs]);
     let y = Shared::new(y);
     parallel::for_each(chunks * parts, |task| {
         let (rows, first) = (part_rows(task / chunks), task % chunks * chunk);

@@ -48,7 +48,7 @@ pub struct Packed {
 
 /// Whether packing pays for a dense weight: it is bf16, and the CPU kernels compute with it.
 pub(super) fn packs<const D: usize>(weight: &Tensor<D>) -> bool {
-    weight.dtype() == DType::BF16 && ops::is_fused(&weight.device()) && PackedMatrix::is_fast()
+    weight.dtype() == DType::BF16 && ops::is_fused(&weight.device())
 }
 
 /// The values of a bf16 tensor.
