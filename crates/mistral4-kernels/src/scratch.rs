@@ -21,6 +21,8 @@ unsafe impl Plain for u32 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for i32 {}
 // SAFETY: plain numbers.
+unsafe impl Plain for i16 {}
+// SAFETY: plain numbers.
 unsafe impl Plain for i8 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for half::bf16 {}

@@ -3,17 +3,20 @@ use super::matrix::{Bits, QuantizedMatrix, Scheme};
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::scratch::{self, Scratch};
+use crate::scratch::{self, Plain, Scratch};
 use crate::vector::per_isa;
 use half::bf16;
+use std::ops::Range;
 
 /// Largest magnitude of a rounded activation: 127 * 128, so that both digits fit a signed byte.
 const LARGEST: f32 = 16_256.0;
 
 /// Rows of activations.
 pub(crate) enum Activations {
-    /// Signed 15-bit integers, `128 * high + low`, with a scale a group.
-    Digits(Digits),
+    /// Signed 15-bit integers as two bytes each, `128 * high + low`: the `stride` high bytes of a row, then the low ones.
+    Digits(Integers<i8>),
+    /// Signed 15-bit integers, the middle two of each four columns exchanged.
+    Words(Integers<i16>),
     /// bf16, zero past the last column.
     Bf16 {
         /// `[rows, stride]`
@@ -21,15 +24,20 @@ pub(crate) enum Activations {
         /// Distance between rows.
         stride: usize,
     },
-    /// 32-bit floats, `[rows, columns]`.
-    F32(Scratch<f32>),
+    /// 32-bit floats, zero past the last column.
+    F32 {
+        /// `[rows, stride]`
+        values: Scratch<f32>,
+        /// Distance between rows.
+        stride: usize,
+    },
 }
 
-/// Activations as two signed bytes each.
-pub(crate) struct Digits {
-    /// `[rows][high, low][stride]`, zero past the last column.
-    pub(crate) bytes: Scratch<i8>,
-    /// Distance between the high and the low bytes of a row.
+/// Activations as integers, with a scale a group.
+pub(crate) struct Integers<T: Plain> {
+    /// Zero past the last column.
+    pub(crate) values: Scratch<T>,
+    /// Columns of a row, with those past the last.
     pub(crate) stride: usize,
     /// `[rows, groups]`; not a number where the group holds a value that is not finite.
     pub(crate) scales: Scratch<f32>,
@@ -42,18 +50,23 @@ pub(crate) struct Digits {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     Digits,
+    Words,
     Bf16,
     F32,
 }
 
 fn form<X: Element>(isa: Isa, scheme: Scheme) -> Form {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
-        return match scheme {
-            Scheme::Int { .. } if is_x86_feature_detected!("avx512vnni") => Form::Digits,
-            Scheme::Fp8 { .. } if X::IS_BF16 && is_x86_feature_detected!("avx512vbmi") => Form::Bf16,
-            _ => Form::F32,
-        };
+    {
+        let is_widest = isa == Isa::Avx512Bf16;
+        match scheme {
+            Scheme::Int { .. } if is_widest && is_x86_feature_detected!("avx512vnni") => return Form::Digits,
+            Scheme::Int { .. } if isa >= Isa::Avx2 => return Form::Words,
+            Scheme::Fp8 { .. } if is_widest && X::IS_BF16 && is_x86_feature_detected!("avx512vbmi") => {
+                return Form::Bf16;
+            }
+            _ => {}
+        }
     }
     let _ = (isa, scheme);
     Form::F32
@@ -67,43 +80,22 @@ impl Activations {
         rows: usize,
         row: impl Fn(usize) -> &'a [T] + Sync + Send,
     ) -> Self {
-        const ROWS: usize = 16;
         let columns = stack.dims.columns;
         let stride = columns.next_multiple_of(8);
         match form::<X>(isa, stack.scheme) {
             Form::Digits => {
-                let (group, groups) = (stack.scheme.group(), stack.groups());
-                let mut digits = Digits {
-                    bytes: scratch::take(rows * 2 * stride),
-                    stride,
-                    scales: scratch::take(rows * groups),
-                    sums: scratch::take(rows * groups),
-                    groups,
-                };
-                let bytes = Shared::new(&mut digits.bytes);
-                let (scales, sums) = (Shared::new(&mut digits.scales), Shared::new(&mut digits.sums));
-                parallel::for_each_chunk(rows, ROWS, |range| {
-                    for i in range {
-                        // SAFETY: each task owns its rows.
-                        let (bytes, scales, sums) = unsafe {
-                            (
-                                bytes.slice(i * 2 * stride..(i + 1) * 2 * stride),
-                                scales.slice(i * groups..(i + 1) * groups),
-                                sums.slice(i * groups..(i + 1) * groups),
-                            )
-                        };
-                        let (high, low) = bytes.split_at_mut(stride);
-                        high[columns..].fill(0);
-                        low[columns..].fill(0);
-                        let digits = high.chunks_mut(group).zip(low.chunks_mut(group));
-                        for ((x, (high, low)), (scale, sum)) in
-                            row(i).chunks(group).zip(digits).zip(scales.iter_mut().zip(sums))
-                        {
-                            (*scale, *sum) = to_digits(isa, x, high, low);
-                        }
-                    }
+                let integers = Integers::new(stack, rows, 2 * stride, |i, digits, group| {
+                    let (high, low) = digits.split_at_mut(stride);
+                    to_digits(isa, &row(i)[group.clone()], &mut high[group.clone()], &mut low[group])
                 });
-                Activations::Digits(digits)
+                Activations::Digits(integers)
+            }
+            Form::Words => {
+                let integers = Integers::new(stack, rows, stride, |i, words, group| {
+                    let padded = group.start..group.end.next_multiple_of(4);
+                    to_words(isa, &row(i)[group], &mut words[padded])
+                });
+                Activations::Words(integers)
             }
             Form::Bf16 => {
                 let mut values = scratch::take::<bf16>(rows * stride);
@@ -111,11 +103,52 @@ impl Activations {
                 Activations::Bf16 { values, stride }
             }
             Form::F32 => {
-                let mut values = scratch::take::<f32>(rows * columns);
-                fill_rows(isa, &mut values, rows, columns, |i| &row(i)[..columns]);
-                Activations::F32(values)
+                let mut values = scratch::take::<f32>(rows * stride);
+                fill_rows(isa, &mut values, rows, stride, |i| &row(i)[..columns]);
+                Activations::F32 { values, stride }
             }
         }
+    }
+}
+
+impl<T: Plain + Default + Send + Sync> Integers<T> {
+    /// Rows of `width` integers; `round(row, integers, group)` writes those of a group of columns and gives their scale and
+    /// sum.
+    fn new(
+        stack: &QuantizedMatrix,
+        rows: usize,
+        width: usize,
+        round: impl Fn(usize, &mut [T], Range<usize>) -> (f32, i32) + Sync + Send,
+    ) -> Self {
+        const ROWS: usize = 16;
+        let (columns, group, groups) = (stack.dims.columns, stack.scheme.group(), stack.groups());
+        let mut integers = Self {
+            values: scratch::take(rows * width),
+            stride: columns.next_multiple_of(8),
+            scales: scratch::take(rows * groups),
+            sums: scratch::take(rows * groups),
+            groups,
+        };
+        let values = Shared::new(&mut integers.values);
+        let (scales, sums) = (Shared::new(&mut integers.scales), Shared::new(&mut integers.sums));
+        parallel::for_each_chunk(rows, ROWS, |range| {
+            for i in range {
+                // SAFETY: each task owns its rows.
+                let (values, scales, sums) = unsafe {
+                    (
+                        values.slice(i * width..(i + 1) * width),
+                        scales.slice(i * groups..(i + 1) * groups),
+                        sums.slice(i * groups..(i + 1) * groups),
+                    )
+                };
+                values.fill(T::default());
+                for (index, (scale, sum)) in scales.iter_mut().zip(sums).enumerate() {
+                    let group = index * group..((index + 1) * group).min(columns);
+                    (*scale, *sum) = round(i, values, group);
+                }
+            }
+        });
+        integers
     }
 }
 
@@ -157,33 +190,62 @@ per_isa! {
 
 #[inline(always)]
 fn to_digits_body<T: Element, const FMA: bool>(x: &[T], high: &mut [i8], low: &mut [i8]) -> (f32, i32) {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer held in the low bits.
-    let mut largest = 0u32;
-    for x in x {
-        // Magnitudes compare as their bits, those that are not finite above all others.
-        largest = largest.max(x.to_f32().to_bits() & 0x7fff_ffff);
-    }
-    if largest >= f32::INFINITY.to_bits() {
-        high[..x.len()].fill(0);
-        low[..x.len()].fill(0);
-        return (f32::NAN, 0);
-    }
-    let scale = f32::from_bits(largest) / LARGEST;
-    if scale < f32::MIN_POSITIVE {
-        high[..x.len()].fill(0);
-        low[..x.len()].fill(0);
-        return (0.0, 0);
-    }
-    let inverse = 1.0 / scale;
+    let (scale, inverse) = scale_of(x);
     let mut sum = 0i32;
     for ((x, high), low) in x.iter().zip(high).zip(low) {
-        let integer = (x.to_f32() * inverse + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32;
+        let integer = round(*x, inverse);
         let upper = (integer + 64) >> 7;
         *high = upper as i8;
         *low = (integer - (upper << 7)) as i8;
         sum += integer;
     }
     (scale, sum)
+}
+
+per_isa! {
+    /// As [`to_digits`], for whole words in the order of [`Activations::Words`].
+    fn to_words<T: Element>(x: &[T], words: &mut [i16]) -> (f32, i32) = to_words_body;
+}
+
+#[inline(always)]
+fn to_words_body<T: Element, const FMA: bool>(x: &[T], words: &mut [i16]) -> (f32, i32) {
+    let (scale, inverse) = scale_of(x);
+    let mut sum = 0i32;
+    for (x, word) in x.iter().zip(&mut *words) {
+        let integer = round(*x, inverse);
+        *word = integer as i16;
+        sum += integer;
+    }
+    for four in words.as_chunks_mut::<4>().0 {
+        four.swap(1, 2);
+    }
+    (scale, sum)
+}
+
+/// The scale of a group, and what its values are multiplied with to become integers: 0 where there is no scale.
+#[inline(always)]
+fn scale_of<T: Element>(x: &[T]) -> (f32, f32) {
+    let mut largest = 0u32;
+    for x in x {
+        // Magnitudes compare as their bits, those that are not finite above all others.
+        largest = largest.max(x.to_f32().to_bits() & 0x7fff_ffff);
+    }
+    let scale = f32::from_bits(largest) / LARGEST;
+    if largest >= f32::INFINITY.to_bits() {
+        (f32::NAN, 0.0)
+    } else if scale < f32::MIN_POSITIVE {
+        (0.0, 0.0)
+    } else {
+        (scale, 1.0 / scale)
+    }
+}
+
+/// The nearest integer to `x * inverse`, 0 where `inverse` is 0.
+#[inline(always)]
+fn round<T: Element>(x: T, inverse: f32) -> i32 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer held in the low bits.
+    let scaled = if inverse == 0.0 { 0.0 } else { x.to_f32() * inverse };
+    (scaled + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
 }
 
 /// Whether codes of this scheme have 4 bits.

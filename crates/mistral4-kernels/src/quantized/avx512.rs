@@ -2,7 +2,7 @@
 //!
 //! A lane is a row of the panel, so that nothing is ever added across lanes.
 use super::LANES;
-use super::activations::{Digits, is_four};
+use super::activations::{Integers, is_four};
 use super::matrix::{Panel, Scales, Scheme, Tile};
 use super::product::ROWS;
 use half::bf16;
@@ -63,11 +63,11 @@ unsafe fn scales(scales: &Scales, first: usize) -> __m512 {
 }
 
 /// Up to [`ROWS`] rows of 15-bit integers times a panel of integer codes.
-pub(super) fn int_rows(panel: Panel<'_>, x: &Digits, rows: &[u32], out: &mut [f32], stride: usize) {
+pub(super) fn int_rows(panel: Panel<'_>, x: &Integers<i8>, rows: &[u32], out: &mut [f32], stride: usize) {
     let row = |i: &u32| {
         let i = *i as usize;
         // Both ends are in bounds.
-        (x.bytes[i * 2 * x.stride..(i + 1) * 2 * x.stride].as_ptr(), i * x.groups)
+        (x.values[i * 2 * x.stride..(i + 1) * 2 * x.stride].as_ptr(), i * x.groups)
     };
     let mut ptrs = [(std::ptr::null::<i8>(), 0); ROWS];
     for (ptr, i) in ptrs.iter_mut().zip(rows) {
@@ -94,7 +94,7 @@ pub(super) fn int_rows(panel: Panel<'_>, x: &Digits, rows: &[u32], out: &mut [f3
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn int_kernel<const R: usize, const FOUR: bool>(
     panel: Panel<'_>,
-    x: &Digits,
+    x: &Integers<i8>,
     rows: [(*const i8, usize); ROWS],
     out: Out,
 ) {

@@ -2,9 +2,11 @@
 //!
 //! Integer codes of 8 or 4 bits have a scale, and a zero point, for each row and group of neighbouring columns; FP8
 //! (e4m3) codes have a scale for each row and block of columns. Products with integer codes run on integers
-//! (AVX-512 VNNI): activations are rounded to 15 bits, as two signed bytes a value, so that their rounding is far
-//! below that of bf16. Where those instructions are missing, and for gradients, weights become floats panel by panel.
+//! (AVX-512 VNNI, AVX2): activations are rounded to 15 bits, so that their rounding is far below that of bf16. Where
+//! those instructions are missing, and for gradients, weights become floats panel by panel.
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod experts;

@@ -64,11 +64,19 @@ fn panel_product(isa: Isa, panel: Panel<'_>, x: &Activations, rows: &[u32], out:
         Activations::Bf16 { values, stride: x_stride } => {
             super::avx512::fp8_rows(panel, values, *x_stride, rows, out, stride);
         }
+        #[cfg(target_arch = "x86_64")]
+        Activations::Words(words) => super::avx2::int_rows(panel, words, rows, out, stride),
         #[cfg(not(target_arch = "x86_64"))]
-        Activations::Digits(_) | Activations::Bf16 { .. } => unreachable!("made for AVX-512 only"),
-        Activations::F32(values) => {
+        Activations::Digits(_) | Activations::Words(_) | Activations::Bf16 { .. } => {
+            unreachable!("made for x86-64 only")
+        }
+        #[cfg(target_arch = "x86_64")]
+        Activations::F32 { values, stride: x_stride } if super::avx2::has_fp8(isa, panel) => {
+            super::avx2::fp8_rows(panel, values, *x_stride, rows, out, stride);
+        }
+        Activations::F32 { values, stride: x_stride } => {
             let columns = panel.stack.dims.columns;
-            let row = |i: &u32| &values[*i as usize * columns..][..columns];
+            let row = |i: &u32| &values[*i as usize * x_stride..][..columns];
             // Missing rows repeat the last one; their sums are dropped.
             let last = rows.len() - 1;
             let rows: [&[f32]; ROWS] = std::array::from_fn(|i| row(&rows[i.min(last)]));
