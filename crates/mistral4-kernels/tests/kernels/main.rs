@@ -1,6 +1,7 @@
 //! Every kernel against its plain twin, on every instruction set of this processor.
 mod attention;
 mod decode;
+mod decode_layer_maker;
 mod elementwise;
 mod experts;
 mod gemm;
