@@ -76,11 +76,11 @@ pub(crate) fn dot_rows<X: Element, W: Element>(
     let wide = |i: usize| &wide[i * depth..(i + 1) * depth];
     let blocked = x.count / BLOCK[0] * BLOCK[0];
     // Rows of a short last block appear in it several times.
-    for j in (0..w.count).step_by(BLOCK[1]) {
-        let right = std::array::from_fn(|r| w.row((j + r).min(w.count - 1), depth));
-        for i in (0..blocked).step_by(BLOCK[0]) {
-            let sums = dot_block(isa, std::array::from_fn(|r| wide(i + r)), right);
-            for (r, sums) in sums.into_iter().enumerate() {
+    for i in (0..blocked).step_by(BLOCK[0]) {
+        let left = std::array::from_fn(|r| wide(i + r));
+        for j in (0..w.count).step_by(BLOCK[1]) {
+            let right = std::array::from_fn(|r| w.row((j + r).min(w.count - 1), depth));
+            for (r, sums) in dot_block(isa, left, right).into_iter().enumerate() {
                 let out = &mut out[(i + r) * w.count..(i + r + 1) * w.count][j..];
                 out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
             }
@@ -106,7 +106,7 @@ fn dot_block_body<W: Element, const FMA: bool>(
     x: [&[f32]; BLOCK[0]],
     w: [&[W]; BLOCK[1]],
 ) -> [[f32; BLOCK[1]]; BLOCK[0]] {
-    /// Partial sums of one product: eight times as many are kept.
+    /// Partial sums of one product; those of the block's eight fill as many registers of AVX2.
     const LANES: usize = 8;
     let split = w[0].len() / LANES * LANES;
     let [x0, x1, x2, x3] = x.map(|x| x[..split].as_chunks::<LANES>().0);
