@@ -7,7 +7,8 @@ Prints tables and writes JSON and a picture. Weights and tokens are random. Mode
 
 - prefill: a prompt into an empty cache, logits of the last position only, in bf16 (NeMo AutoModel: without a cache);
 - decode: tokens one by one after a prompt, prefill not timed; bf16, and our int8 and int4 beside q8_0 and q4_0;
-- train: forward, backward and an AdamW step on the prompt as labels, in bf16;
+- train: forward, backward and an AdamW step on the prompt as labels, in bf16; ours moves each layer's parameters as
+  soon as their gradient is final;
 - train-f32: the same with parameters, gradients and moments in f32 on both sides, once, to compare memory.
 
 Every round measures every contender once, so that a slow minute of the machine hits all; figures are medians over

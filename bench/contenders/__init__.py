@@ -63,7 +63,7 @@ def contenders(mode: str, with_ours: bool) -> list[Contender]:
     everyone = [Contender(OURS, mode, each) for each in formats] if with_ours else []
     experts = TRANSFORMERS_EXPERTS.get(mode, ["eager", "grouped_mm"])
     everyone += [Contender("transformers", mode, float_format, each) for each in experts]
-    if mode in ("prefill", "train"):
+    if mode != "decode":
         everyone += [Contender("NeMo AutoModel", mode, float_format, each) for each in NEMO_EXPERTS]
     llama_formats = {"prefill": ["bf16"], "decode": list(LLAMA_FORMATS)}.get(mode, [])
     return everyone + [Contender("llama.cpp", mode, each) for each in llama_formats]
@@ -130,10 +130,15 @@ class Field:
 
     def states(self, contender: Contender) -> str:
         """What a parameter keeps beside its value, in training."""
-        if contender.family != OURS or contender.format == "f32":
+        if contender.family != OURS:
             return f"{contender.format} moments"
-        moments = "bf16 moments" if "--state-dtype" in self._offered else "f32 moments"
-        return moments if "--no-master-weights" in self._offered else f"{moments}, f32 master"
+        is_f32 = contender.format == "f32"
+        states = ["bf16 moments" if "--state-dtype" in self._offered and not is_f32 else "f32 moments"]
+        if "--no-master-weights" not in self._offered and not is_f32:
+            states.append("f32 master")
+        if "--optimizer-in-bwd" in self._offered:
+            states.append("a layer's gradient at a time")
+        return ", ".join(states)
 
     @cached_property
     def _offered(self) -> str:
@@ -147,6 +152,8 @@ class Field:
         arguments += ["--threads", options.threads, "--repetitions", repetitions]
         if contender.format == "int4":
             arguments += ["--quantize-lm-head", f"int{options.head_bits}"]
+        if self.mode.startswith("train") and "--optimizer-in-bwd" in self._offered:
+            arguments += ["--optimizer-in-bwd"]
         if self.mode == "train":
             # What torch's optimizer keeps of bf16 parameters: bf16 moments alone.
             for option in [["--state-dtype", "bf16"], ["--no-master-weights"]]:

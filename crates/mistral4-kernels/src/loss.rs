@@ -27,9 +27,12 @@ pub struct LinearCrossEntropy<'a, X, W, I> {
     pub width: usize,
     /// Coefficient of the squared log-sum-exp of each labelled token's logits, which joins its loss; 0: none.
     pub z_loss: f32,
+    /// Factor on the gradients: one over a number of tokens makes them those of a mean.
+    pub grad_scale: f32,
 }
 
-/// Where [`linear_cross_entropy`] writes gradients of the summed loss, that of the log-sum-exps included; those that are `None` are not computed.
+/// Where [`linear_cross_entropy`] writes gradients of the summed loss, that of the log-sum-exps included, times
+/// `grad_scale`; those that are `None` are not computed.
 #[derive(Debug)]
 pub struct LinearCrossEntropyGrads<'a, X, W> {
     /// Gradient of the hidden states, `[T, D]`.
@@ -51,8 +54,7 @@ pub struct LossSum {
 
 /// Summed cross entropy of `hidden lm_head^T` and its gradients, a block of tokens at a time.
 ///
-/// Gradients are those of the sum, so the caller divides by a token count of its choice. Only tokens with a
-/// label cost anything.
+/// Only tokens with a label cost anything.
 ///
 /// Source: Chowdhery et al. 2022 (PaLM), section 5, for the z-loss.
 ///
@@ -62,7 +64,7 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
     input: &LinearCrossEntropy<'_, X, W, I>,
     grads: LinearCrossEntropyGrads<'_, X, W>,
 ) -> LossSum {
-    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss } = *input;
+    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss, grad_scale } = *input;
     assert_eq!(hidden.len(), labels.len() * width, "hidden is [T, D]");
     assert_eq!(lm_head.len(), vocab * width, "lm_head is [V, D]");
     let LinearCrossEntropyGrads { hidden: mut dhidden, lm_head: mut dlm_head } = grads;
@@ -115,9 +117,9 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
                 let dlogits = unsafe { dshared.slice(row * vocab..(row + 1) * vocab) };
                 // The derivative of `z lse^2` is `2 z lse` times the softmax.
                 let factor = 1.0 + 2.0 * z_loss * lse as f32;
-                softmax(isa, logits, max, factor / sum, dlogits);
+                softmax(isa, logits, max, grad_scale * factor / sum, dlogits);
                 let p = (logits[target] - max).exp() / sum;
-                dlogits[target] = X::from_f32(p * factor - 1.0);
+                dlogits[target] = X::from_f32(grad_scale * (p * factor - 1.0));
             }
         });
         total.loss += losses.iter().map(|[loss, _]| loss).sum::<f64>();

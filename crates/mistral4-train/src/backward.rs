@@ -10,7 +10,7 @@ use half::bf16;
 use mistral4::inputs::{Layout, ModelInputs};
 use mistral4::model::neftune::EmbeddingNoise;
 use mistral4::model::{Mistral4, RouterReplay, Routing};
-use mistral4::ops::TokenLoss;
+use mistral4::ops::{TokenLoss, TokenLossScale};
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
 
@@ -216,9 +216,8 @@ impl MicroBatchLoss {
     /// Notes the loss of the labelled positions.
     fn add_tokens(&mut self, loss: &TokenLoss) {
         let value = |loss: &Tensor<1>| f64::from(loss.clone().inner().into_scalar::<f32>());
-        let z_loss = value(&loss.z_loss);
-        self.loss_sum += value(&loss.total) - z_loss;
-        self.z_loss += z_loss;
+        self.loss_sum += value(&loss.cross_entropy);
+        self.z_loss += value(&loss.z_loss);
     }
 
     /// Notes where a layer's tokens went; returns the losses of its router, to be differentiated.
@@ -250,6 +249,12 @@ pub struct LossScale {
     pub z_loss: f64,
     /// On the routers' losses: one over the micro-batches of the step.
     pub aux: f64,
+}
+
+impl LossScale {
+    fn of_tokens(self) -> TokenLossScale {
+        TokenLossScale { per_token: self.per_token, z_loss: self.z_loss }
+    }
 }
 
 /// A micro-batch of a step.
@@ -317,6 +322,8 @@ pub fn evaluate_from(
 /// is final, so that only one part's gradient exists at a time; returns the model, what was measured, and the norm of
 /// the gradient.
 ///
+/// Of recomputed activations one layer's exist at a time as well.
+///
 /// `update` gets the model and the gradients of one part. Nothing is updated when the loss is no finite number, and
 /// nothing more once a gradient is none.
 ///
@@ -326,10 +333,11 @@ pub fn update_in_backward(
     mut model: Mistral4,
     batch: &LabelledInputs,
     scale: LossScale,
+    activations: Activations,
     mut update: impl FnMut(Mistral4, &mut Gradients) -> Mistral4,
 ) -> Result<(Mistral4, MicroBatchLoss, f64)> {
     let mut gradients = Gradients::default();
-    let whole = Stage::whole(&model, Activations::Recomputed);
+    let whole = Stage::whole(&model, activations);
     let mut pass = whole.forward(&mut Whole::new(&model, &mut gradients), batch, None)?;
     let mut squares = 0.0;
     let mut take = |model: Mistral4, gradients: &mut Gradients| {

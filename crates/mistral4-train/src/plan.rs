@@ -165,31 +165,48 @@ fn memory(recipe: &Recipe, mesh: &MeshShape, grad_acc_steps: usize) -> Result<Op
     let distributed = &recipe.distributed;
     let is_sharded = distributed.strategy == Strategy::FullyShard && mesh.dp_shard > 1;
     let division = Division::new(*mesh, is_sharded, &config.config, distributed.pipeline)?;
-    let whole = WholeUnits {
-        gradients: is_sharded && distributed.defer_fsdp_grad_sync && grad_acc_steps > 1,
-        weights: is_sharded && !distributed.reshard_after_forward,
+    let step = StepMemory {
+        whole_gradients: is_sharded && distributed.defer_fsdp_grad_sync && grad_acc_steps > 1,
+        whole_weights: is_sharded && !distributed.reshard_after_forward,
+        // Sums over micro-batches and ranks are in f32.
+        summed_gradients: grad_acc_steps > 1 || mesh.ranks() > 1,
+        gradients_of_a_unit: recipe.optimizer_in_bwd,
     };
-    let ranks =
-        (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, whole, (&items, &recipe.optimizer)));
+    let ranks = (0..mesh.ranks()).map(|rank| rank_memory(&division, rank, step, (&items, &recipe.optimizer)));
     Ok(ranks.max_by_key(RankMemory::total))
 }
 
-/// What of a sharded model is whole until the end of a step.
+/// What of a model is there at once in a step.
 #[derive(Clone, Copy)]
-struct WholeUnits {
-    gradients: bool,
-    weights: bool,
+struct StepMemory {
+    /// Of a sharded model's parameters, whole gradients until the end.
+    whole_gradients: bool,
+    /// Of a sharded model's parameters, whole weights until the end.
+    whole_weights: bool,
+    /// Gradients are summed, in f32; otherwise they are in the parameters' number format.
+    summed_gradients: bool,
+    /// The gradients of a layer, of the head or of the front alone.
+    gradients_of_a_unit: bool,
+}
+
+/// The layer of a parameter, or what it is of beside the layers.
+fn unit(key: &str) -> &str {
+    match key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next()) {
+        Some(layer) => layer,
+        None if key.ends_with("lm_head.weight") || key.ends_with("model.norm.weight") => "head",
+        None => "front",
+    }
 }
 
 fn rank_memory(
     division: &Division,
     rank: usize,
-    whole: WholeUnits,
+    step: StepMemory,
     (items, optimizer): (&[Item], &OptimizerConfig),
 ) -> RankMemory {
     let mut memory = RankMemory::default();
     let mut all = 0;
-    let mut layers: HashMap<&str, u64> = HashMap::new();
+    let (mut gathered, mut gradients) = (HashMap::<&str, u64>::new(), HashMap::<&str, u64>::new());
     for Item { key, shape, width, quantized_bits, is_trained } in items {
         let Some(held) = division.held(key, shape, rank) else { continue };
         let kept = held.range.len() as u64;
@@ -200,20 +217,22 @@ fn rank_memory(
         let is_spread = division.is_sharded && !is_kept_whole(key);
         let elements = held.part.elements() as u64;
         if *is_trained {
-            memory.gradients += 4 * if whole.gradients && is_spread { elements } else { kept };
+            let gradient_width = if step.summed_gradients { 4 } else { *width };
+            *gradients.entry(unit(key)).or_default() +=
+                gradient_width * if step.whole_gradients && is_spread { elements } else { kept };
             let of_value = ParameterState::expected_bytes(optimizer, key, shape, *width < 4);
             memory.optimizer += (kept as f64 * of_value) as u64;
         }
-        // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
-        let layer = key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next());
         if is_spread {
             all += bytes(elements);
-            if let Some(layer) = layer {
-                *layers.entry(layer).or_default() += bytes(elements);
-            }
+            *gathered.entry(unit(key)).or_default() += bytes(elements);
         }
     }
-    memory.gathered = if whole.weights { all } else { 2 * layers.into_values().max().unwrap_or(0) };
+    let gradients = gradients.into_values();
+    memory.gradients = if step.gradients_of_a_unit { gradients.max().unwrap_or(0) } else { gradients.sum() };
+    // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
+    gathered.retain(|unit, _| !matches!(*unit, "head" | "front"));
+    memory.gathered = if step.whole_weights { all } else { 2 * gathered.into_values().max().unwrap_or(0) };
     memory
 }
 
@@ -250,6 +269,22 @@ optimizer: {_target_: AdamW}
         assert!(shards.gathered > 0);
         let stays = plan(4, &["--distributed.reshard_after_forward", "false"]).unwrap().memory.unwrap();
         assert!(stays.gathered > shards.gathered && stays.gathered <= one.weights, "{stays:?} {one:?}");
+    }
+
+    #[test]
+    fn gradients_of_one_micro_batch_are_as_narrow_as_their_parameters_and_need_not_exist_together() {
+        let bf16 = ["--model.torch_dtype", "bfloat16", "--step_scheduler.local_batch_size", "16"];
+        let one = plan(1, &bf16).unwrap().memory.unwrap();
+        // All but the biases that balance the experts, which have none.
+        let biases = one.weights - one.gradients;
+        assert!(biases > 0 && biases < one.weights / 1000, "{one:?}");
+        let summed = plan(1, &bf16[..2]).unwrap().memory.unwrap();
+        assert_eq!(summed.gradients, 2 * one.gradients);
+        let mut in_bwd = bf16.to_vec();
+        in_bwd.extend(["--optimizer_in_bwd", "true"]);
+        let unit = plan(1, &in_bwd).unwrap().memory.unwrap();
+        assert!(unit.gradients > 0 && 2 * unit.gradients < one.gradients, "{unit:?} {one:?}");
+        assert_eq!((unit.weights, unit.optimizer), (one.weights, one.optimizer));
     }
 
     #[test]

@@ -210,7 +210,7 @@ fn train(
                 t.extras,
                 &mut t.optimizer,
                 factors,
-                device,
+                (t.activations, device),
             )?;
             t.setup.model = model;
             (measured, Some(norm))

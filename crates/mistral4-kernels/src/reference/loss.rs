@@ -6,8 +6,8 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
     input: &LinearCrossEntropy<'_, X, W, I>,
     grads: LinearCrossEntropyGrads<'_, X, W>,
 ) -> LossSum {
-    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss } = *input;
-    let z = f64::from(z_loss);
+    let LinearCrossEntropy { hidden, lm_head, labels, vocab, width, z_loss, grad_scale } = *input;
+    let (z, scale) = (f64::from(z_loss), f64::from(grad_scale));
     let mut dhidden = vec![0.0f64; hidden.len()];
     let mut dlm_head = vec![0.0f64; lm_head.len()];
     let mut total = LossSum { loss: 0.0, z_loss: 0.0, count: 0 };
@@ -23,6 +23,7 @@ pub fn linear_cross_entropy<X: Element, W: Element, I: Index>(
         total.count += 1;
         for (v, logit) in logits.iter().enumerate() {
             let g = (logit - lse).exp() * (1.0 + 2.0 * z * lse) - if v == label { 1.0 } else { 0.0 };
+            let g = scale * g;
             for (d, h) in h.iter().enumerate() {
                 dhidden[t * width + d] += g * w(v, d);
                 dlm_head[v * width + d] += g * h;

@@ -4,15 +4,22 @@ use mistral4_kernels::{
     Element, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, bf16, linear_cross_entropy, reference,
 };
 
-fn losses<X: Element, W: Element>(z_loss: f32) {
+fn losses<X: Element, W: Element>(z_loss: f32, grad_scale: f32) {
     for (tokens, vocab, width) in [(1, 1, 1), (5, 33, 7), (70, 130, 40)] {
         let mut random = Random::new(vocab as u64);
         let hidden = random.values::<X>(tokens * width, 1.0);
         let lm_head = random.values::<W>(vocab * width, 1.0);
         let labels: Vec<i64> =
             (0..tokens).map(|t| if t % 4 == 3 { -100 } else { random.below(vocab) as i64 }).collect();
-        let input =
-            LinearCrossEntropy { hidden: &hidden, lm_head: &lm_head, labels: &labels, vocab, width, z_loss };
+        let input = LinearCrossEntropy {
+            hidden: &hidden,
+            lm_head: &lm_head,
+            labels: &labels,
+            vocab,
+            width,
+            z_loss,
+            grad_scale,
+        };
         let (mut dh, mut want_dh) = (poison::<X>(hidden.len()), poison::<X>(hidden.len()));
         let (mut dw, mut want_dw) = (poison::<W>(lm_head.len()), poison::<W>(lm_head.len()));
         let got = linear_cross_entropy(
@@ -39,9 +46,9 @@ fn losses<X: Element, W: Element>(z_loss: f32) {
 #[test]
 fn cross_entropies() {
     on_each_isa(|_| {
-        for z_loss in [0.0, 0.3] {
-            losses::<f32, f32>(z_loss);
-            losses::<bf16, bf16>(z_loss);
+        for (z_loss, grad_scale) in [(0.0, 1.0), (0.3, 1.0), (0.3, 0.01)] {
+            losses::<f32, f32>(z_loss, grad_scale);
+            losses::<bf16, bf16>(z_loss, grad_scale);
         }
     });
 }
@@ -55,8 +62,15 @@ fn z_loss_gradients_are_those_of_the_loss() {
     let lm_head = random.values::<f32>(vocab * width, 1.0);
     let labels = [4i64, -100, 7];
     let input = |hidden: &[f32], grads: LinearCrossEntropyGrads<'_, f32, f32>| {
-        let input =
-            LinearCrossEntropy { hidden, lm_head: &lm_head, labels: &labels, vocab, width, z_loss: 0.5 };
+        let input = LinearCrossEntropy {
+            hidden,
+            lm_head: &lm_head,
+            labels: &labels,
+            vocab,
+            width,
+            z_loss: 0.5,
+            grad_scale: 1.0,
+        };
         linear_cross_entropy(&input, grads)
     };
     let mut dh = poison::<f32>(hidden.len());
@@ -85,6 +99,7 @@ fn no_labels_give_zero() {
         vocab: 3,
         width: 3,
         z_loss: 1.0,
+        grad_scale: 1.0,
     };
     let (mut dh, mut dw) = (poison::<f32>(6), poison::<f32>(9));
     let got = linear_cross_entropy(
@@ -111,6 +126,7 @@ fn blocks_add_up() {
             vocab,
             width,
             z_loss: 0.0,
+            grad_scale: 1.0,
         };
         let mut dw = poison::<f32>(vocab);
         let grads = LinearCrossEntropyGrads { hidden: None, lm_head: Some(&mut dw) };

@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Int, Tensor};
 use mistral4::model::decoder_layer::{DecoderLayer, LayerContext};
 use mistral4::model::{Mistral4, Routing};
+use mistral4::ops::{TokenLossScale, zero_with_gradient};
 use mistral4::weights::take_gradients;
 
 use super::{Activations, LabelledInputs, LossScale, MicroBatchLoss, ParameterStore, Unit, router_losses};
@@ -106,7 +107,7 @@ impl LayerGraph {
     /// The gradients of the layer's parameters by their keys in it, and, where it is needed, of its input.
     fn backward(self, dy: Tensor<2>, scale: LossScale, prefix: &str) -> (NamedGradients, Option<Tensor<2>>) {
         let losses = self.losses.map(|losses| losses * scale.aux);
-        let seed = seeded(self.output, dy);
+        let seed = zero_with_gradient(self.output, dy);
         let mut from = match losses {
             Some(losses) => losses + seed,
             None => seed,
@@ -176,8 +177,9 @@ impl<'a> Stage<'a> {
     pub fn loss_sum(&self, store: &mut dyn ParameterStore, batch: &LabelledInputs, output: Tensor<2>) -> f64 {
         let (norm, lm_head) = store.head(None);
         let labels = batch.labels(&output.device());
-        let loss = lm_head.cross_entropy(norm.forward(output), labels, 0.0);
-        f64::from(loss.total.into_scalar::<f32>())
+        let scale = TokenLossScale { per_token: 1.0, z_loss: 0.0 };
+        let loss = lm_head.cross_entropy(norm.forward(output), labels, scale);
+        f64::from(loss.cross_entropy.into_scalar::<f32>())
     }
 
     /// Runs the layers.
@@ -293,13 +295,12 @@ impl StageForward {
         let labels = batch.labels(&self.x.device());
         let needs_dx = self.run.needs_dx(self.run.layers.end, store);
         let leaf = self.x.clone().autodiff().set_require_grad(needs_dx);
-        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels, scale.z_loss);
+        let loss = lm_head.cross_entropy(norm.forward(leaf.clone()), labels, scale.of_tokens());
         self.measured.add_tokens(&loss);
-        let total = loss.total * scale.per_token;
-        if !total.is_tracked() {
+        if !loss.total.is_tracked() {
             return;
         }
-        let mut from = total.backward();
+        let mut from = loss.total.backward();
         let mut gradients = collect(&norm, &format!("{}model.norm.", self.prefix), &mut from);
         gradients.extend(collect(&lm_head, &format!("{}lm_head.", self.prefix), &mut from));
         if let Some(dx) = leaf.grad_remove(&mut from) {
@@ -346,7 +347,7 @@ impl StageForward {
         };
         let mut gradients = Vec::new();
         if embeds.is_tracked() {
-            let mut from = seeded(embeds, self.x.clone()).backward();
+            let mut from = zero_with_gradient(embeds, self.x.clone()).backward();
             trained.take_gradients(&mut from, |key, gradient| gradients.push((key, gradient)));
         }
         store.add(Unit::Front, gradients);
@@ -375,9 +376,4 @@ fn collect<M: Module>(module: &M, prefix: &str, from: &mut BurnGradients) -> Nam
     let mut gradients = Vec::new();
     take_gradients(module, from, |key, gradient| gradients.push((format!("{prefix}{key}"), gradient)));
     gradients
-}
-
-/// A scalar whose gradient by `y` is `dy`.
-fn seeded(y: Tensor<2>, dy: Tensor<2>) -> Tensor<1> {
-    (y * dy.autodiff()).sum()
 }

@@ -75,7 +75,12 @@ impl<'a> Whole<'a> {
 
 impl ParameterStore for Whole<'_> {
     fn front(&mut self, _: Option<Unit>) -> Mistral4 {
-        self.model.clone()
+        // Values of other units must not be shared: an optimizer may change them while the front's graph lives.
+        let prefix = self.model.text_prefix();
+        self.model.clone().reshape_parameters(|key, (shape, values)| match Unit::of(key, prefix) {
+            Unit::Front => (shape, values),
+            _ => (vec![0; shape.len()], Tensor::zeros([0], (&values.device(), values.dtype()))),
+        })
     }
 
     fn layer(&mut self, index: usize, _: Option<Unit>) -> DecoderLayer {

@@ -292,7 +292,6 @@ impl Recipe {
                 self.dataloader.max_tokens_per_micro_batch.is_none(),
                 "no dataloader.max_tokens_per_micro_batch, which may make several micro-batches of a step",
             ),
-            (self.distributed.activation_checkpointing, "distributed.activation_checkpointing: true"),
             (
                 scheduler.on_non_finite == OnNonFinite::Stop && scheduler.on_loss_spike != OnLossSpike::Skip,
                 "on_non_finite: stop and no on_loss_spike: skip, since a step that has begun cannot be skipped",

@@ -7,7 +7,7 @@ use mistral4::model::neftune::EmbeddingNoise;
 use super::Training;
 use super::ranks::{Measured, StepCounts};
 use crate::backward::{
-    LabelledInputs, LossScale, MicroBatch, MicroBatchLoss, ParameterStore, Stage, Whole,
+    Activations, LabelledInputs, LossScale, MicroBatch, MicroBatchLoss, ParameterStore, Stage, Whole,
     forward_backward_from, update_in_backward,
 };
 use crate::data::Batch;
@@ -126,13 +126,13 @@ pub(super) fn update_on_the_way(
     extras: Extras,
     optimizer: &mut Optimizer,
     factors: StepFactors,
-    device: &Device,
+    (activations, device): (Activations, &Device),
 ) -> Result<(Mistral4, Measured, f64)> {
     let label_tokens = batch.num_label_tokens;
     let scale = extras.scale(label_tokens, 1);
     let (inputs, rows) = extras.inputs(batch, step, device);
     optimizer.begin_step();
-    let (model, part, norm) = update_in_backward(model, &inputs, scale, |model, gradients| {
+    let (model, part, norm) = update_in_backward(model, &inputs, scale, activations, |model, gradients| {
         optimizer.apply(model, gradients, factors)
     })?;
     let mut measured = Measured::default();

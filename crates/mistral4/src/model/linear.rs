@@ -8,7 +8,7 @@ use burn::tensor::{Int, Tensor};
 use crate::error::Result;
 use crate::model::lora::{self, Lora};
 use crate::model::weight::LinearWeight;
-use crate::ops::{self, Group, TokenLoss, collective};
+use crate::ops::{self, Group, TokenLoss, TokenLossScale, collective};
 use crate::weights::Parameters;
 
 /// `y = x W^T + b`, with a low-rank adapter on `W` where there is one.
@@ -88,10 +88,10 @@ impl Linear {
     ///
     /// # Shapes
     /// - `x`: `[T, in]`, `labels`: `[T]`
-    pub fn cross_entropy(&self, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
+    pub fn cross_entropy(&self, x: Tensor<2>, labels: Tensor<1, Int>, scale: TokenLossScale) -> TokenLoss {
         match &self.lora {
-            None => ops::linear_cross_entropy(x, self.weight.val(), labels, z_loss),
-            Some(_) => lora::cross_entropy(self, x, labels, z_loss),
+            None => ops::linear_cross_entropy(x, self.weight.val(), labels, scale),
+            Some(_) => lora::cross_entropy(self, x, labels, scale),
         }
     }
 }

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use crate::model::dropout::{Dropout, DropoutPosition};
 use crate::model::linear::Linear;
 use crate::ops::collective::{copy_to_group, reduce_from_group};
-use crate::ops::{self, Group, TokenLoss, composite};
+use crate::ops::{self, Group, TokenLoss, TokenLossScale, composite};
 
 /// The adapter of a linear map.
 #[derive(Module, Debug)]
@@ -123,43 +123,47 @@ impl Lora {
 ///
 /// # Shapes
 /// - `x`: `[T, in]`, `labels`: `[T]`
-pub(crate) fn cross_entropy(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
+pub(crate) fn cross_entropy(
+    linear: &Linear,
+    x: Tensor<2>,
+    labels: Tensor<1, Int>,
+    scale: TokenLossScale,
+) -> TokenLoss {
     let [tokens, _] = x.dims();
     let starts = (0..tokens).step_by(composite::LOSS_ROWS);
     let blocks = starts.map(|start| {
         let rows = start..(start + composite::LOSS_ROWS).min(tokens);
-        block_loss(linear, x.clone().slice_dim(0, rows.clone()), labels.clone().slice_dim(0, rows), z_loss)
+        block_loss(linear, x.clone().slice_dim(0, rows.clone()), labels.clone().slice_dim(0, rows), scale)
     });
     blocks.reduce(TokenLoss::add).unwrap_or_else(|| TokenLoss::zero(&x.device()))
 }
 
-fn block_loss(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
+fn block_loss(linear: &Linear, x: Tensor<2>, labels: Tensor<1, Int>, scale: TokenLossScale) -> TokenLoss {
     if !x.device().is_autodiff() {
-        return composite::cross_entropy(linear.forward(x), labels, z_loss);
+        return composite::cross_entropy(linear.forward(x), labels, scale);
     }
     let leaf = linear.valid().train();
     let input = x.clone().inner().autodiff().require_grad();
-    let loss = composite::cross_entropy(leaf.forward(input.clone()), labels, z_loss);
+    let loss = composite::cross_entropy(leaf.forward(input.clone()), labels, scale);
     let mut gradients = loss.total.backward();
     let mut total = loss.total.inner().autodiff();
-    let z_loss = loss.z_loss;
-    total = total + zero_with_gradient(x, input.grad_remove(&mut gradients));
-    let (Some(lora), Some(leaf_lora)) = (&linear.lora, &leaf.lora) else {
-        return TokenLoss { total, z_loss };
-    };
-    total = total + zero_with_gradient(lora.a.val(), leaf_lora.a.val().grad_remove(&mut gradients));
-    total = total + zero_with_gradient(lora.b.val(), leaf_lora.b.val().grad_remove(&mut gradients));
-    if let (Some(magnitude), Some(leaf)) = (&lora.magnitude, &leaf_lora.magnitude) {
-        total = total + zero_with_gradient(magnitude.val(), leaf.val().grad_remove(&mut gradients));
+    if let Some(gradient) = input.grad_remove(&mut gradients) {
+        total = total + ops::zero_with_gradient(x, gradient);
     }
-    TokenLoss { total, z_loss }
-}
-
-/// Zero, whose gradient by `tensor` is `gradient`.
-fn zero_with_gradient<const D: usize>(tensor: Tensor<D>, gradient: Option<Tensor<D>>) -> Tensor<1> {
-    let Some(gradient) = gradient else { return Tensor::zeros([1], (&tensor.device(), DType::F32)) };
-    let zero = (tensor.clone() - tensor.detach()).cast(DType::F32);
-    (zero * gradient.cast(DType::F32).autodiff()).sum()
+    if let (Some(lora), Some(leaf)) = (&linear.lora, &leaf.lora) {
+        let matrices = [(&lora.a, &leaf.a), (&lora.b, &leaf.b)];
+        for (ours, leaf) in matrices {
+            if let Some(gradient) = leaf.val().grad_remove(&mut gradients) {
+                total = total + ops::zero_with_gradient(ours.val(), gradient);
+            }
+        }
+        if let (Some(ours), Some(leaf)) = (&lora.magnitude, &leaf.magnitude)
+            && let Some(gradient) = leaf.val().grad_remove(&mut gradients)
+        {
+            total = total + ops::zero_with_gradient(ours.val(), gradient);
+        }
+    }
+    TokenLoss { total, ..loss }
 }
 
 impl ExpertLora {

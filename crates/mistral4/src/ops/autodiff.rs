@@ -13,7 +13,7 @@ use mistral4_kernels::RouterDims;
 use super::decode::DecodeWeights;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
 
 /// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
 #[derive(Debug, Clone)]
@@ -61,6 +61,8 @@ pub(super) type LossAndGradients<B> = (FloatTensor<B>, Option<FloatTensor<B>>, O
 
 /// The backward kernels, and the forward ones that keep something for them.
 pub(super) trait BackwardKernels: FusedOps {
+    /// `gradient` times the first entry of `factor`, which is f32 and contiguous.
+    fn scaled(gradient: FloatTensor<Self>, factor: FloatTensor<Self>) -> FloatTensor<Self>;
     /// `dy W`.
     fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
     /// `dy^T x`.
@@ -141,12 +143,12 @@ pub(super) trait BackwardKernels: FusedOps {
         x: FloatTensor<Self>,
         offsets: &[usize],
     ) -> FloatTensor<Self>;
-    /// Total loss and its part that is z-loss, `[2]`, and gradients of the total by `h` and `lm_head`.
+    /// Total loss, cross entropy and z-loss, `[3]`, and gradients of the total by `h` and `lm_head`.
     fn linear_cross_entropy_with_gradients(
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
-        z_loss: f64,
+        scale: TokenLossScale,
         want: (bool, bool),
     ) -> LossAndGradients<Self>;
 }
@@ -323,18 +325,24 @@ impl<B: BackwardKernels> Backward<B, 2> for LinearCrossEntropy {
     type State = [Option<FloatTensor<B>>; 2];
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        // The loss is a sum; its gradients were computed with it and wait for the factor from above. Its second entry
-        // is a measurement.
-        let factor = B::float_slice(grads.consume::<B>(&ops.node), &[(0..1).into()]);
-        let scaled = ops.state.map(|gradient| {
-            gradient.map(|gradient| {
-                let dtype = burn::tensor::FloatDType::from(burn::backend::TensorMetadata::dtype(&gradient));
-                let ones = burn::tensor::Shape::new([1, 1]);
-                let factor = B::float_reshape(B::float_cast(factor.clone(), dtype), ones);
-                B::float_mul(gradient, factor)
-            })
-        });
+        // The gradients of the total, the first entry, were computed with it and wait for the factor from above. The
+        // other entries are measurements.
+        let factor = grads.consume::<B>(&ops.node);
+        let scaled = ops.state.map(|gradient| Some(B::scaled(gradient?, factor.clone())));
         register::<B, 2>(ops.parents.map(|p| p.map(|p| p.id)), scaled, grads);
+    }
+}
+
+#[derive(Debug)]
+struct ZeroWithGradient;
+
+impl<B: BackwardKernels> Backward<B, 1> for ZeroWithGradient {
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let factor = grads.consume::<B>(&ops.node);
+        let gradient = B::scaled(ops.state, factor);
+        register::<B, 1>(ops.parents.map(|p| p.map(|p| p.id)), [Some(gradient)], grads);
     }
 }
 
@@ -546,17 +554,27 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
-        z_loss: f64,
+        scale: TokenLossScale,
         want: (bool, bool),
     ) -> FloatTensor<Self> {
         let op = LinearCrossEntropy.prepare::<C>([h.node(), lm_head.node()]).compute_bound().stateful();
         let (h, lm_head) = (h.into_primitive(), lm_head.into_primitive());
         match op {
             OpsKind::Tracked(op) => {
-                let (loss, dh, dw) = B::linear_cross_entropy_with_gradients(h, lm_head, labels, z_loss, want);
+                let (loss, dh, dw) = B::linear_cross_entropy_with_gradients(h, lm_head, labels, scale, want);
                 op.finish([dh, dw], loss)
             }
-            OpsKind::UnTracked(op) => op.finish(B::linear_cross_entropy(h, lm_head, labels, z_loss, want)),
+            OpsKind::UnTracked(op) => op.finish(B::linear_cross_entropy(h, lm_head, labels, scale, want)),
+        }
+    }
+
+    fn zero_with_gradient(x: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        let op = ZeroWithGradient.prepare::<C>([x.node()]).compute_bound().stateful();
+        let (x, gradient) = (x.into_primitive(), gradient.into_primitive());
+        let out = B::zero_with_gradient(x, gradient.clone());
+        match op {
+            OpsKind::Tracked(op) => op.finish(gradient, out),
+            OpsKind::UnTracked(op) => op.finish(out),
         }
     }
 }

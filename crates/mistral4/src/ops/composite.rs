@@ -6,7 +6,7 @@ use burn::tensor::{
 };
 use mistral4_checkpoint::config::Activation;
 
-use super::{AttentionSpec, MlaSpec, RopeSpec, RouterDims, TokenLoss, activation};
+use super::{AttentionSpec, MlaSpec, RopeSpec, RouterDims, TokenLoss, TokenLossScale, activation};
 
 /// See [`super::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
@@ -270,14 +270,14 @@ pub fn linear_cross_entropy(
     h: Tensor<2>,
     lm_head: Tensor<2>,
     labels: Tensor<1, Int>,
-    z_loss: f64,
+    scale: TokenLossScale,
 ) -> TokenLoss {
     let tokens = h.dims()[0];
     let mut sum = TokenLoss::zero(&h.device());
     for start in (0..tokens).step_by(LOSS_ROWS) {
         let rows = start..(start + LOSS_ROWS).min(tokens);
         let logits = linear(h.clone().slice_dim(0, rows.clone()), lm_head.clone());
-        sum = sum.add(cross_entropy(logits, labels.clone().slice_dim(0, rows), z_loss));
+        sum = sum.add(cross_entropy(logits, labels.clone().slice_dim(0, rows), scale));
     }
     sum
 }
@@ -287,19 +287,28 @@ pub fn linear_cross_entropy(
 ///
 /// # Shapes
 /// - `logits`: `[T, V]`, `labels`: `[T]`
-pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>, z_loss: f64) -> TokenLoss {
+pub fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>, scale: TokenLossScale) -> TokenLoss {
     let [tokens, _] = logits.dims();
     let ignored = labels.clone().lower_elem(0);
     let target = labels.mask_fill(ignored.clone(), 0).unsqueeze_dim::<2>(1);
     let logits = logits.cast(DType::F32);
     let log_probability = log_softmax(logits.clone(), 1).gather(1, target).reshape([tokens]);
-    let total = log_probability.mask_fill(ignored.clone(), 0.0).sum().neg();
-    if z_loss == 0.0 {
-        let z_loss = Tensor::zeros([1], (&total.device(), DType::F32));
-        return TokenLoss { total, z_loss };
+    let cross_entropy = log_probability.mask_fill(ignored.clone(), 0.0).sum().neg();
+    if scale.z_loss == 0.0 {
+        let z_loss = Tensor::zeros([1], (&cross_entropy.device(), DType::F32));
+        let total = cross_entropy.clone() * scale.per_token;
+        return TokenLoss { total, cross_entropy: cross_entropy.detach(), z_loss };
     }
-    let z_loss = log_sum_exp(logits).square().mask_fill(ignored, 0.0).sum() * z_loss;
-    TokenLoss { total: total + z_loss.clone(), z_loss: z_loss.detach() }
+    let z_loss = log_sum_exp(logits).square().mask_fill(ignored, 0.0).sum() * scale.z_loss;
+    let total = (cross_entropy.clone() + z_loss.clone()) * scale.per_token;
+    TokenLoss { total, cross_entropy: cross_entropy.detach(), z_loss: z_loss.detach() }
+}
+
+/// See [`super::zero_with_gradient`].
+pub fn zero_with_gradient<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
+    let gradient = if x.device().is_autodiff() { gradient.autodiff() } else { gradient };
+    let zero = (x.clone() - x.detach()).cast(DType::F32);
+    (zero * gradient.cast(DType::F32)).sum()
 }
 
 /// `log(sum(exp(row)))` of every row.
@@ -316,11 +325,15 @@ impl TokenLoss {
     /// No loss.
     pub(crate) fn zero(device: &Device) -> Self {
         let zero = Tensor::zeros([1], (device, DType::F32));
-        Self { total: zero.clone(), z_loss: zero }
+        Self { total: zero.clone(), cross_entropy: zero.clone(), z_loss: zero }
     }
 
     /// The loss of both tokens' sums.
     pub(crate) fn add(self, other: Self) -> Self {
-        Self { total: self.total + other.total, z_loss: self.z_loss + other.z_loss }
+        Self {
+            total: self.total + other.total,
+            cross_entropy: self.cross_entropy + other.cross_entropy,
+            z_loss: self.z_loss + other.z_loss,
+        }
     }
 }

@@ -10,7 +10,7 @@ use mistral4_kernels::RouterDims;
 
 use super::decode::DecodeWeights;
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLoss};
+use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLoss, TokenLossScale};
 use crate::model::rope::RotaryTables;
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
@@ -110,15 +110,18 @@ pub(super) trait FusedOps: Backend {
         offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
-    /// See [`super::linear_cross_entropy`]: total and z-loss, `[2]`, of which only the total is differentiated; `want`
-    /// says which gradients (of `h`, of `lm_head`) will be asked for.
+    /// See [`super::linear_cross_entropy`]: total, cross entropy and z-loss, `[3]`, of which only the total is
+    /// differentiated; `want` says which gradients (of `h`, of `lm_head`) will be asked for.
     fn linear_cross_entropy(
         h: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
         labels: IntTensor<Self>,
-        z_loss: f64,
+        scale: TokenLossScale,
         want: (bool, bool),
     ) -> FloatTensor<Self>;
+
+    /// See [`super::zero_with_gradient`].
+    fn zero_with_gradient(x: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 pub(super) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
@@ -227,15 +230,25 @@ pub(super) fn linear_cross_entropy(
     h: Tensor<2>,
     lm_head: Tensor<2>,
     labels: Tensor<1, Int>,
-    z_loss: f64,
+    scale: TokenLossScale,
 ) -> TokenLoss {
     let want = (h.is_tracked(), lm_head.is_tracked());
-    let both: Tensor<1> = Tensor::from_dispatch(Dispatch::linear_cross_entropy(
+    let all: Tensor<1> = Tensor::from_dispatch(Dispatch::linear_cross_entropy(
         h.into_dispatch(),
         lm_head.into_dispatch(),
         labels.into_dispatch(),
-        z_loss,
+        scale,
         want,
     ));
-    TokenLoss { total: both.clone().slice_dim(0, 0..1), z_loss: both.slice_dim(0, 1..2).detach() }
+    let measured = all.clone().detach();
+    TokenLoss {
+        total: all.slice_dim(0, 0..1),
+        cross_entropy: measured.clone().slice_dim(0, 1..2),
+        z_loss: measured.slice_dim(0, 2..3),
+    }
+}
+
+pub(super) fn zero_with_gradient<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
+    let gradient = if x.device().is_autodiff() { gradient.autodiff() } else { gradient };
+    Tensor::from_dispatch(Dispatch::zero_with_gradient(x.into_dispatch(), gradient.into_dispatch()))
 }

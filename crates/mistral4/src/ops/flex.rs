@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{DType, Element as BurnElement, Shape, TensorData};
@@ -14,7 +15,7 @@ use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSave
 use super::decode::DecodeWeights;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec};
+use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
 
 type F = FloatTensor<Flex>;
 type I = IntTensor<Flex>;
@@ -41,7 +42,7 @@ pub(super) use by_dtype;
 /// Runs `$body` with `$slice` bound to the integers of `$tensor`.
 macro_rules! with_ints {
     ($tensor:expr, $slice:ident => $body:expr) => {{
-        let tensor = $tensor.to_contiguous();
+        let tensor = $crate::ops::flex::contiguous($tensor);
         match tensor.dtype() {
             DType::I32 => {
                 let $slice: &[i32] = tensor.as_slice().expect("a contiguous tensor of this dtype");
@@ -75,6 +76,12 @@ pub(super) fn output<T: kernels::Element>(len: usize) -> Vec<T> {
     unsafe { values.assume_init() }.into_vec()
 }
 
+/// A tensor whose values lie side by side, for [`slice`]. Burn's own `to_contiguous` copies a part of a larger buffer as
+/// well, such as the filled slots of a cache.
+pub(super) fn contiguous(t: F) -> F {
+    if t.layout().is_contiguous() { t } else { t.to_contiguous() }
+}
+
 fn elements(t: &F) -> usize {
     t.shape().num_elements()
 }
@@ -102,7 +109,7 @@ fn with_contiguous_rows(t: F) -> F {
     let [_, heads, width] = t.shape().dims();
     let strides = t.layout().strides();
     let rows_ok = strides[2] == 1 && (heads == 1 || strides[1] == width as isize) && strides[0] >= 0;
-    if rows_ok { t } else { t.to_contiguous() }
+    if rows_ok { t } else { contiguous(t) }
 }
 
 /// The values from the first row on, and the distance between rows.
@@ -157,7 +164,7 @@ fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
 impl FusedOps for Flex {
     fn linear(x: F, weight: F) -> F {
         let dims = linear_dims(&x, &weight);
-        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        let [x, weight] = [x, weight].map(contiguous);
         by_dtype!(x, T => {
             let mut y = output::<T>(dims.rows * dims.outputs);
             kernels::linear(dims, slice::<T>(&x), slice::<T>(&weight), &mut y);
@@ -167,7 +174,7 @@ impl FusedOps for Flex {
 
     fn linear_f32(x: F, weight: F) -> F {
         let dims = linear_dims(&x, &weight);
-        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        let [x, weight] = [x, weight].map(contiguous);
         by_dtype!(x, X => by_dtype!(weight, W => {
             let mut y = output::<f32>(dims.rows * dims.outputs);
             kernels::linear(dims, slice::<X>(&x), slice::<W>(&weight), &mut y);
@@ -178,7 +185,7 @@ impl FusedOps for Flex {
     fn packed_linear(x: F, weight: PackedWeight) -> F {
         let [rows, _] = x.shape().dims();
         let outputs = weight.dims().rows;
-        let x = x.to_contiguous();
+        let x = contiguous(x);
         by_dtype!(x, T => {
             let mut y = output::<T>(rows * outputs);
             kernels::packed_linear(rows, slice::<T>(&x), &weight, &mut y);
@@ -196,7 +203,7 @@ impl FusedOps for Flex {
         let [tokens, hidden] = x.shape().dims();
         let [_, top_k] = indices.shape().dims();
         let kernels::StackDims { matrices: experts, columns: inter, .. } = down.dims();
-        let [x, weights] = [x, weights].map(|t| t.to_contiguous());
+        let [x, weights] = [x, weights].map(contiguous);
         by_dtype!(x, T => with_ints!(indices, indices => {
             let mut out = output::<T>(elements(&x));
             let experts = kernels::PackedExperts {
@@ -215,7 +222,7 @@ impl FusedOps for Flex {
 
     fn decode_layer(x: F, cos: F, sin: F, query_scale: f32, cached: F, kv_b: F, weights: DecodeWeights) -> F {
         let (hidden, width) = (weights.hidden(), weights.slot_width());
-        let [x, cos, sin, cached, kv_b] = [x, cos, sin, cached, kv_b].map(|t| t.to_contiguous());
+        let [x, cos, sin, cached, kv_b] = [x, cos, sin, cached, kv_b].map(contiguous);
         let mut both = output::<bf16>(hidden + width);
         let (out, own) = both.split_at_mut(hidden);
         let token = kernels::DecodeToken {
@@ -229,7 +236,7 @@ impl FusedOps for Flex {
     }
 
     fn routing_weights(logits: F, indices: I, dims: kernels::RouterDims) -> F {
-        let logits = logits.to_contiguous();
+        let logits = contiguous(logits);
         with_ints!(indices, indices => {
             let mut weights = output::<f32>(dims.tokens * dims.top_k);
             kernels::routing_weights(dims, slice(&logits), indices, &mut weights);
@@ -243,7 +250,7 @@ impl FusedOps for Flex {
 
     fn rope(x: F, cos: F, sin: F, spec: RopeSpec) -> F {
         let dims = rope_dims(&x, &cos, &spec);
-        let [x, cos, sin] = [x, cos, sin].map(|t| t.to_contiguous());
+        let [x, cos, sin] = [x, cos, sin].map(contiguous);
         by_dtype!(x, T => {
             let mut y = output::<T>(elements(&x));
             kernels::rope(dims, slice::<T>(&x), slice(&cos), slice(&sin), spec.scale.as_deref(), &mut y);
@@ -263,8 +270,8 @@ impl FusedOps for Flex {
         let [tokens, heads, head_dim] = q.shape().dims();
         let [_, rank] = kv_b.shape().dims();
         let (nope, value_dim) = (spec.nope, spec.value_dim);
-        let [q, kv_b] = [q, kv_b].map(|t| t.to_contiguous());
-        let latents = if latents.layout().strides()[1] == 1 { latents } else { latents.to_contiguous() };
+        let [q, kv_b] = [q, kv_b].map(contiguous);
+        let latents = if latents.layout().strides()[1] == 1 { latents } else { contiguous(latents) };
         by_dtype!(q, T => {
             let mut out = output::<T>(tokens * heads * value_dim);
             let (latents, latent_stride) = strided::<T>(&latents);
@@ -282,7 +289,7 @@ impl FusedOps for Flex {
     }
 
     fn gated(gate: F, up: F, activation: Activation) -> F {
-        let [gate, up] = [gate, up].map(|t| t.to_contiguous());
+        let [gate, up] = [gate, up].map(contiguous);
         by_dtype!(gate, T => {
             let mut out = output::<T>(elements(&gate));
             kernels::gated(kernel_activation(activation), slice::<T>(&gate), slice::<T>(&up), &mut out);
@@ -291,7 +298,7 @@ impl FusedOps for Flex {
     }
 
     fn add(a: F, b: F) -> F {
-        let [a, b] = [a, b].map(|t| t.to_contiguous());
+        let [a, b] = [a, b].map(contiguous);
         by_dtype!(a, T => {
             let mut out = output::<T>(elements(&a));
             kernels::add(slice::<T>(&a), slice::<T>(&b), &mut out);
@@ -301,7 +308,7 @@ impl FusedOps for Flex {
 
     fn moe_experts(x: F, indices: I, weights: F, gate_up: F, down: F, activation: Activation) -> F {
         let dims = expert_dims(&x, &indices, &gate_up);
-        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
+        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(contiguous);
         let activation = kernel_activation(activation);
         by_dtype!(x, T => with_ints!(indices, indices => {
             let mut out = output::<T>(elements(&x));
@@ -322,7 +329,7 @@ impl FusedOps for Flex {
     fn grouped_linear(x: F, weight: F, offsets: Arc<[usize]>) -> F {
         let dims = grouped_dims(&weight);
         let [rows, _] = x.shape().dims();
-        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        let [x, weight] = [x, weight].map(contiguous);
         by_dtype!(x, T => {
             let mut y = output::<T>(rows * dims.outputs);
             kernels::grouped_linear(dims, &offsets, slice::<T>(&x), slice::<T>(&weight), &mut y);
@@ -330,17 +337,29 @@ impl FusedOps for Flex {
         })
     }
 
-    fn linear_cross_entropy(h: F, lm_head: F, labels: I, z_loss: f64, _want: (bool, bool)) -> F {
-        Flex::linear_cross_entropy_with_gradients(h, lm_head, labels, z_loss, (false, false)).0
+    fn linear_cross_entropy(h: F, lm_head: F, labels: I, scale: TokenLossScale, _want: (bool, bool)) -> F {
+        Flex::linear_cross_entropy_with_gradients(h, lm_head, labels, scale, (false, false)).0
+    }
+
+    fn zero_with_gradient(_x: F, _gradient: F) -> F {
+        tensor(vec![0.0f32], [1])
     }
 }
 
 impl BackwardKernels for Flex {
+    fn scaled(gradient: F, factor: F) -> F {
+        let factor = slice::<f32>(&factor)[0];
+        if factor == 1.0 {
+            return gradient;
+        }
+        <Flex as FloatTensorOps<Flex>>::float_mul_scalar(gradient, factor.into())
+    }
+
     fn linear_backward_input(dy: F, weight: F) -> F {
         let [rows, outputs] = dy.shape().dims();
         let [_, inputs] = weight.shape().dims();
         let dims = kernels::LinearDims { rows, inputs, outputs };
-        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        let [dy, weight] = [dy, weight].map(contiguous);
         by_dtype!(dy, T => {
             let mut dx = output::<T>(rows * inputs);
             kernels::linear_backward_input(dims, slice::<T>(&dy), slice::<T>(&weight), &mut dx, false);
@@ -352,7 +371,7 @@ impl BackwardKernels for Flex {
         let [rows, outputs] = dy.shape().dims();
         let [_, inputs] = x.shape().dims();
         let dims = kernels::LinearDims { rows, inputs, outputs };
-        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        let [dy, x] = [dy, x].map(contiguous);
         by_dtype!(dy, T => {
             let mut dweight = output::<T>(outputs * inputs);
             kernels::linear_backward_weight(dims, slice::<T>(&dy), slice::<T>(&x), &mut dweight, false);
@@ -362,7 +381,7 @@ impl BackwardKernels for Flex {
 
     fn linear_f32_backward_input(dy: F, weight: F, x: &F) -> F {
         let dims = linear_dims(x, &weight);
-        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        let [dy, weight] = [dy, weight].map(contiguous);
         by_dtype!(x, X => by_dtype!(weight, W => {
             let mut dx = output::<X>(dims.rows * dims.inputs);
             kernels::linear_backward_input(dims, slice::<f32>(&dy), slice::<W>(&weight), &mut dx, false);
@@ -372,7 +391,7 @@ impl BackwardKernels for Flex {
 
     fn linear_f32_backward_weight(dy: F, x: F, weight: &F) -> F {
         let dims = linear_dims(&x, weight);
-        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        let [dy, x] = [dy, x].map(contiguous);
         by_dtype!(x, X => by_dtype!(weight, W => {
             let mut dweight = output::<W>(dims.outputs * dims.inputs);
             kernels::linear_backward_weight(dims, slice::<f32>(&dy), slice::<X>(&x), &mut dweight, false);
@@ -381,7 +400,7 @@ impl BackwardKernels for Flex {
     }
 
     fn routing_weights_backward(logits: F, indices: I, dweights: F, dims: kernels::RouterDims) -> F {
-        let [logits, dweights] = [logits, dweights].map(|t| t.to_contiguous());
+        let [logits, dweights] = [logits, dweights].map(contiguous);
         with_ints!(indices, indices => {
             let mut dlogits = output::<f32>(dims.tokens * dims.experts);
             let (of_logits, of_weights) = (slice(&logits), slice(&dweights));
@@ -392,7 +411,7 @@ impl BackwardKernels for Flex {
 
     fn rms_norm_with_rstd(x: F, weight: F, eps: f64) -> (F, F) {
         let [rows, _] = x.shape().dims();
-        let [x, weight] = [x, weight].map(|t| t.to_contiguous());
+        let [x, weight] = [x, weight].map(contiguous);
         by_dtype!(x, T => {
             let (mut y, mut rstd) = (output::<T>(elements(&x)), output::<f32>(rows));
             kernels::rms_norm(slice::<T>(&x), slice::<T>(&weight), eps as f32, &mut y, &mut rstd);
@@ -402,7 +421,7 @@ impl BackwardKernels for Flex {
 
     fn rms_norm_backward(saved: RmsNormSaved<Flex>, dy: F, want_weight: bool) -> (F, Option<F>) {
         let RmsNormSaved { x, weight, rstd } = saved;
-        let [x, weight, rstd, dy] = [x, weight, rstd, dy].map(|t| t.to_contiguous());
+        let [x, weight, rstd, dy] = [x, weight, rstd, dy].map(contiguous);
         by_dtype!(x, T => {
             let mut dx = output::<T>(elements(&x));
             let mut dweight = want_weight.then(|| output::<T>(elements(&weight)));
@@ -415,7 +434,7 @@ impl BackwardKernels for Flex {
 
     fn rope_backward(dy: F, cos: F, sin: F, spec: RopeSpec) -> F {
         let dims = rope_dims(&dy, &cos, &spec);
-        let [dy, cos, sin] = [dy, cos, sin].map(|t| t.to_contiguous());
+        let [dy, cos, sin] = [dy, cos, sin].map(contiguous);
         by_dtype!(dy, T => {
             let mut dx = output::<T>(elements(&dy));
             let scale = spec.scale.as_deref();
@@ -439,7 +458,7 @@ impl BackwardKernels for Flex {
         let AttentionSaved { q, k, v, out, lse, spec } = saved;
         let shapes = [&q, &k, &v].map(|t| t.shape());
         let [q, k, v] = [q, k, v].map(with_contiguous_rows);
-        let [out, lse, dout] = [out, lse, dout].map(|t| t.to_contiguous());
+        let [out, lse, dout] = [out, lse, dout].map(contiguous);
         by_dtype!(q, T => {
             let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|t| output::<T>(elements(t)));
             let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
@@ -457,7 +476,7 @@ impl BackwardKernels for Flex {
 
     fn mla_attention_with_lse(q: F, kv: F, k_pe: F, spec: &MlaSpec) -> (F, F) {
         let [rows, heads, _] = q.shape().dims();
-        let [q, kv, k_pe] = [q, kv, k_pe].map(|t| t.to_contiguous());
+        let [q, kv, k_pe] = [q, kv, k_pe].map(contiguous);
         by_dtype!(q, T => {
             let (mut out, mut lse) =
                 (output::<T>(rows * heads * spec.value_dim), output::<f32>(rows * heads));
@@ -468,7 +487,7 @@ impl BackwardKernels for Flex {
 
     fn mla_attention_backward(saved: MlaSaved<Flex>, dout: F) -> [F; 3] {
         let MlaSaved { q, kv, k_pe, out, lse, spec } = saved;
-        let [q, kv, k_pe, out, lse, dout] = [q, kv, k_pe, out, lse, dout].map(|t| t.to_contiguous());
+        let [q, kv, k_pe, out, lse, dout] = [q, kv, k_pe, out, lse, dout].map(contiguous);
         by_dtype!(q, T => {
             let [mut dq, mut dkv, mut dk_pe] = [&q, &kv, &k_pe].map(|t| output::<T>(elements(t)));
             let saved = kernels::AttentionSaved { out: slice::<T>(&out), lse: slice(&lse) };
@@ -480,7 +499,7 @@ impl BackwardKernels for Flex {
     }
 
     fn gated_backward([gate, up, dout]: [F; 3], activation: Activation) -> [F; 2] {
-        let [gate, up, dout] = [gate, up, dout].map(|t| t.to_contiguous());
+        let [gate, up, dout] = [gate, up, dout].map(contiguous);
         by_dtype!(gate, T => {
             let [mut dgate, mut dup] = [&gate, &up].map(|t| output::<T>(elements(t)));
             let inputs = [slice::<T>(&gate), slice::<T>(&up), slice::<T>(&dout)];
@@ -492,8 +511,8 @@ impl BackwardKernels for Flex {
     fn moe_experts_backward(inputs: MoeInputs<Flex>, dout: F, want: [bool; 4]) -> [Option<F>; 4] {
         let MoeInputs { x, indices, weights, gate_up, down, activation } = inputs;
         let dims = expert_dims(&x, &indices, &gate_up);
-        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.to_contiguous());
-        let dout = dout.to_contiguous();
+        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(contiguous);
+        let dout = contiguous(dout);
         let activation = kernel_activation(activation);
         let [want_x, want_weights, want_gate_up, want_down] = want;
         by_dtype!(x, T => with_ints!(indices, indices => {
@@ -529,7 +548,7 @@ impl BackwardKernels for Flex {
     fn grouped_linear_backward_input(dy: F, weight: F, offsets: &[usize]) -> F {
         let dims = grouped_dims(&weight);
         let [rows, _] = dy.shape().dims();
-        let [dy, weight] = [dy, weight].map(|t| t.to_contiguous());
+        let [dy, weight] = [dy, weight].map(contiguous);
         by_dtype!(dy, T => {
             let mut dx = output::<T>(rows * dims.inputs);
             let (dy, weight) = (slice::<T>(&dy), slice::<T>(&weight));
@@ -542,7 +561,7 @@ impl BackwardKernels for Flex {
         let [_, outputs] = dy.shape().dims();
         let [_, inputs] = x.shape().dims();
         let dims = kernels::GroupedLinearDims { experts: offsets.len() - 1, inputs, outputs };
-        let [dy, x] = [dy, x].map(|t| t.to_contiguous());
+        let [dy, x] = [dy, x].map(contiguous);
         by_dtype!(dy, T => {
             let mut dweight = output::<T>(dims.experts * outputs * inputs);
             let (dy, x) = (slice::<T>(&dy), slice::<T>(&x));
@@ -555,11 +574,11 @@ impl BackwardKernels for Flex {
         h: F,
         lm_head: F,
         labels: I,
-        z_loss: f64,
+        scale: TokenLossScale,
         want: (bool, bool),
     ) -> LossAndGradients<Flex> {
         let [vocab, width] = lm_head.shape().dims();
-        let [h, lm_head] = [h, lm_head].map(|t| t.to_contiguous());
+        let [h, lm_head] = [h, lm_head].map(contiguous);
         by_dtype!(h, T => with_ints!(labels, labels => {
             let mut dh = want.0.then(|| output::<T>(elements(&h)));
             let mut dlm_head = want.1.then(|| output::<T>(elements(&lm_head)));
@@ -569,15 +588,17 @@ impl BackwardKernels for Flex {
                 labels,
                 vocab,
                 width,
-                z_loss: z_loss as f32,
+                z_loss: scale.z_loss as f32,
+                grad_scale: scale.per_token as f32,
             };
             let grads = kernels::LinearCrossEntropyGrads {
                 hidden: dh.as_deref_mut(),
                 lm_head: dlm_head.as_deref_mut(),
             };
             let sum = kernels::linear_cross_entropy(&input, grads);
+            let total = (sum.loss + sum.z_loss) * scale.per_token;
             (
-                tensor(vec![(sum.loss + sum.z_loss) as f32, sum.z_loss as f32], [2]),
+                tensor(vec![total as f32, sum.loss as f32, sum.z_loss as f32], [3]),
                 dh.map(|d| tensor(d, h.shape())),
                 dlm_head.map(|d| tensor(d, lm_head.shape())),
             )

@@ -251,16 +251,27 @@ pub fn grouped_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) ->
     composite::grouped_linear(x, weight, &offsets)
 }
 
+/// Factors on the loss of labelled tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLossScale {
+    /// On the loss of each labelled token: one over their number makes the sum a mean.
+    pub per_token: f64,
+    /// On the squared log-sum-exp of its logits, beside its cross entropy.
+    pub z_loss: f64,
+}
+
 /// The loss of labelled tokens, summed.
 #[derive(Debug, Clone)]
 pub struct TokenLoss {
-    /// Cross entropy and z-loss together: what gradients come from, `[1]` f32.
+    /// Cross entropy and z-loss together, times the factor per token: what gradients come from, `[1]` f32.
     pub total: Tensor<1>,
-    /// The part that is z-loss, a measurement without gradient, `[1]` f32.
+    /// The cross entropy without that factor, a measurement without gradient, `[1]` f32.
+    pub cross_entropy: Tensor<1>,
+    /// The z-loss without it, a measurement without gradient, `[1]` f32.
     pub z_loss: Tensor<1>,
 }
 
-/// Sum over labelled tokens of the cross entropy of `h W^T` with the labels, and of `z_loss` times the squared
+/// Sum over labelled tokens of the cross entropy of `h W^T` with the labels, and of `scale.z_loss` times the squared
 /// log-sum-exp of the token's logits; -100 marks tokens without a label.
 ///
 /// Source: Chowdhery et al. 2022 (PaLM), section 5, for the z-loss, which keeps the log-sum-exps near 0.
@@ -271,11 +282,23 @@ pub fn linear_cross_entropy(
     h: Tensor<2>,
     lm_head: Tensor<2>,
     labels: Tensor<1, Int>,
-    z_loss: f64,
+    scale: TokenLossScale,
 ) -> TokenLoss {
     #[cfg(feature = "flex")]
     if is_fused(&h.device()) {
-        return extension::linear_cross_entropy(h, lm_head, labels, z_loss);
+        return extension::linear_cross_entropy(h, lm_head, labels, scale);
     }
-    composite::linear_cross_entropy(h, lm_head, labels, z_loss)
+    composite::linear_cross_entropy(h, lm_head, labels, scale)
+}
+
+/// Zero, whose gradient by `x` is `gradient`: where the backward pass begins with a gradient that came from elsewhere.
+///
+/// # Shapes
+/// - `x`, `gradient`: the same; output: `[1]` f32
+pub fn zero_with_gradient<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
+    #[cfg(feature = "flex")]
+    if is_fused(&x.device()) {
+        return extension::zero_with_gradient(x, gradient);
+    }
+    composite::zero_with_gradient(x, gradient)
 }

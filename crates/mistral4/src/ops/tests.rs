@@ -355,22 +355,39 @@ fn linear_cross_entropy_equals_composite_and_ignores_unlabelled_tokens() {
     let shaped = |[h, w]: [Tensor<1>; 2]| {
         (h.reshape([tokens, hidden]) * 2.0, w.reshape([vocab, hidden]), labels.clone())
     };
-    for z_loss in [0.0, 0.2] {
+    for scale in [(1.0, 0.0), (0.04, 0.2)].map(|(per_token, z_loss)| TokenLossScale { per_token, z_loss }) {
         let fused = |inputs| {
             let (h, w, labels) = shaped(inputs);
-            linear_cross_entropy(h, w, labels, z_loss)
+            linear_cross_entropy(h, w, labels, scale)
         };
         let composite = |inputs| {
             let (h, w, labels) = shaped(inputs);
-            composite::linear_cross_entropy(h, w, labels, z_loss)
+            composite::linear_cross_entropy(h, w, labels, scale)
         };
-        let name = format!("linear_cross_entropy, z-loss {z_loss}");
+        let name = format!("linear_cross_entropy, {scale:?}");
         compare(&name, inputs(), |inputs| fused(inputs).total, |inputs| composite(inputs).total);
-        let (got, want) = (values(fused(inputs()).z_loss), values(composite(inputs()).z_loss));
-        assert!(
-            (got[0] - want[0]).abs() <= 1e-5 * want[0] && (want[0] > 1.0) == (z_loss > 0.0),
-            "{got:?} {want:?}"
-        );
+        let (got, want) = (fused(inputs()), composite(inputs()));
+        let (got_z, want_z) = (values(got.z_loss)[0], values(want.z_loss)[0]);
+        assert!((got_z - want_z).abs() <= 1e-5 * want_z && (want_z > 1.0) == (scale.z_loss > 0.0));
+        assert_close("cross entropy", &values(got.cross_entropy.clone()), &values(want.cross_entropy), 1e-5);
+        let sum = (values(got.cross_entropy)[0] + got_z) * scale.per_token as f32;
+        assert_close("total", &values(got.total), &[sum], 1e-5);
+    }
+}
+
+#[test]
+fn a_given_gradient_joins_those_of_other_terms() {
+    let gradient = random([3, 5], 31);
+    for dtype in [DType::F32, DType::BF16] {
+        let gradient = gradient.clone().cast(dtype);
+        for zero in [zero_with_gradient::<2>, composite::zero_with_gradient::<2>] {
+            let x = random([3, 5], 30).cast(dtype).autodiff().require_grad();
+            let zero = zero(x.clone() * 2.0, gradient.clone());
+            assert_eq!(values(zero.clone()), [0.0]);
+            let mut grads = (zero * 0.5 + x.clone().cast(DType::F32).sum()).backward();
+            let want: Vec<f32> = values(gradient.clone()).iter().map(|gradient| gradient + 1.0).collect();
+            assert_close("gradient", &values(x.grad_remove(&mut grads).unwrap()), &want, 4e-3);
+        }
     }
 }
 

@@ -63,6 +63,9 @@ pub struct BenchArguments {
     /// Train bf16 parameters without a copy in f32, their steps rounded at random
     #[arg(long)]
     pub no_master_weights: bool,
+    /// Move each layer's parameters as soon as its gradient is final in train
+    #[arg(long)]
+    pub optimizer_in_bwd: bool,
     /// Steps of decode
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
@@ -223,6 +226,9 @@ pub struct Measurement {
     /// Whether bf16 parameters have a copy in f32 in train.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub master_weights: Option<bool>,
+    /// Whether each layer's parameters move as soon as their gradient is final in train.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer_in_bwd: Option<bool>,
     /// Tokens written a row in decode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_tokens: Option<u32>,
@@ -330,6 +336,7 @@ pub fn measure(arguments: &BenchArguments) -> Result<Measurement> {
         range_s: [durations[0], durations[durations.len() - 1]],
         state_dtype: (arguments.mode == Mode::Train).then_some(arguments.state_dtype),
         master_weights: (arguments.mode == Mode::Train).then_some(!arguments.no_master_weights),
+        optimizer_in_bwd: (arguments.mode == Mode::Train).then_some(arguments.optimizer_in_bwd),
         new_tokens: is_decode.then_some(arguments.new_tokens),
         // After the memory was read off, since measuring takes some.
         cpu: arguments.compute.device.is_cpu().then(|| CpuPeaks::measure(arguments.dtype.float())),

@@ -8,7 +8,9 @@ use mistral4::{ForwardOptions, LatentCache, Mistral4, ModelInputs};
 use mistral4_checkpoint::config::{Config, TextConfig};
 use mistral4_checkpoint::weights::names::{self, TensorKind};
 use mistral4_checkpoint::weights::{WeightFormat, WeightQuantization};
-use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
+use mistral4_train::backward::{
+    Activations, Gradients, LabelledInputs, LossScale, forward_backward, update_in_backward,
+};
 use mistral4_train::optim::{Optimizer, StepFactors};
 use mistral4_train::recipe::{OptimizerConfig, StateDtype};
 
@@ -24,6 +26,7 @@ pub(super) struct Work {
     seed: u64,
     state_dtype: StateDtype,
     master_weights: bool,
+    optimizer_in_bwd: bool,
     text: TextConfig,
     /// Values of the weights by what is done with them, embeddings left out.
     weights: BTreeMap<Use, f64>,
@@ -70,6 +73,7 @@ impl Work {
             seed: arguments.seed,
             state_dtype: arguments.state_dtype.moments(),
             master_weights: !arguments.no_master_weights,
+            optimizer_in_bwd: arguments.optimizer_in_bwd,
             text: config.text.clone(),
             weights,
             bytes,
@@ -209,10 +213,18 @@ impl Runner<'_> {
         let labels: Vec<i64> = ids.iter().skip(1).chain(ids.first()).map(|&id| i64::from(id)).collect();
         let scale = LossScale { per_token: 1.0 / labels.len() as f64, z_loss: 0.0, aux: 0.0 };
         let batch = LabelledInputs::plain(ModelInputs::rows(ids, self.work.batch), labels);
-        let mut gradients = Gradients::default();
-        forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients)?;
         let factors = StepFactors { lr: 1e-4, weight_decay: 0.01, grad_scale: 1.0 };
-        self.model = Some(self.optimizer.step(model, gradients, factors));
+        let optimizer = &mut self.optimizer;
+        let model = if self.work.optimizer_in_bwd {
+            optimizer.begin_step();
+            let update = |model, gradients: &mut Gradients| optimizer.apply(model, gradients, factors);
+            update_in_backward(model, &batch, scale, Activations::Kept, update)?.0
+        } else {
+            let mut gradients = Gradients::default();
+            forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients)?;
+            optimizer.step(model, gradients, factors)
+        };
+        self.model = Some(model);
         // An accelerator that fails while it works says so here.
         self.device.sync().map_err(|error| {
             crate::error::Error::failed(

@@ -14,7 +14,7 @@ use mistral4_kernels as kernels;
 
 use super::{QuantizedExpertWeights, QuantizedWeight};
 use crate::ops::activation::kernel_activation;
-use crate::ops::flex::{by_dtype, output, slice, tensor, with_ints};
+use crate::ops::flex::{by_dtype, contiguous, output, slice, tensor, with_ints};
 
 /// Operations with quantised weights; see the functions in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -189,7 +189,7 @@ impl QuantizedOps for Flex {
     fn quantized_linear(x: FloatTensor<Self>, weight: QuantizedWeight) -> FloatTensor<Self> {
         let [rows, _] = x.shape().dims();
         let outputs = weight.dims().rows;
-        let x = x.to_contiguous();
+        let x = contiguous(x);
         by_dtype!(x, T => {
             let mut y = output::<T>(rows * outputs);
             kernels::quantized_linear(rows, slice::<T>(&x), &weight, &mut y);
@@ -204,7 +204,7 @@ impl QuantizedOps for Flex {
     ) -> FloatTensor<Self> {
         let [rows, _] = x.shape().dims();
         let outputs = weight.dims().matrices / (offsets.len() - 1) * weight.dims().rows;
-        let x = x.to_contiguous();
+        let x = contiguous(x);
         by_dtype!(x, T => {
             let mut y = output::<T>(rows * outputs);
             kernels::quantized_grouped_linear(&offsets, slice::<T>(&x), &weight, &mut y);
@@ -220,7 +220,7 @@ impl QuantizedOps for Flex {
         activation: Activation,
     ) -> FloatTensor<Self> {
         let dims = expert_dims(&x, &indices, &experts);
-        let [x, weights] = [x, weights].map(|t| t.to_contiguous());
+        let [x, weights] = [x, weights].map(contiguous);
         by_dtype!(x, T => with_ints!(indices, indices => {
             let mut out = output::<T>(dims.tokens * dims.hidden);
             let input = kernels::QuantizedExperts {
@@ -242,7 +242,7 @@ impl BackwardKernels for Flex {
     fn quantized_linear_backward(dy: FloatTensor<Self>, weight: QuantizedWeight) -> FloatTensor<Self> {
         let [rows, _] = dy.shape().dims();
         let inputs = weight.dims().columns;
-        let dy = dy.to_contiguous();
+        let dy = contiguous(dy);
         by_dtype!(dy, T => {
             let mut dx = output::<T>(rows * inputs);
             kernels::quantized_linear_backward_input(rows, slice::<T>(&dy), &weight, &mut dx);
@@ -257,7 +257,7 @@ impl BackwardKernels for Flex {
     ) -> FloatTensor<Self> {
         let [rows, _] = dy.shape().dims();
         let inputs = weight.dims().columns;
-        let dy = dy.to_contiguous();
+        let dy = contiguous(dy);
         by_dtype!(dy, T => {
             let mut dx = output::<T>(rows * inputs);
             kernels::quantized_grouped_linear_backward_input(offsets, slice::<T>(&dy), &weight, &mut dx);
@@ -271,7 +271,7 @@ impl BackwardKernels for Flex {
     ) -> [FloatTensor<Self>; 2] {
         let ExpertInputs { x, indices, weights, experts, activation } = inputs;
         let dims = expert_dims(&x, &indices, &experts);
-        let [x, weights, dout] = [x, weights, dout].map(|t| t.to_contiguous());
+        let [x, weights, dout] = [x, weights, dout].map(contiguous);
         by_dtype!(x, T => with_ints!(indices, indices => {
             let mut dx = output::<T>(dims.tokens * dims.hidden);
             let mut dweights = output::<f32>(dims.tokens * dims.top_k);
