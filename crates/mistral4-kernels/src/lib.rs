@@ -40,7 +40,7 @@ pub use attention::{
 };
 pub use decode::{
     DecodeAttentionDims, DecodeExperts, DecodeLayer, DecodeMla, DecodeMlp, DecodeNorm, DecodeToken,
-    DecodeWeight, Rotary, decode_layer,
+    DecodeWeight, Rotary, decode_head, decode_layer,
 };
 pub use element::{Element, Index};
 pub use experts::{

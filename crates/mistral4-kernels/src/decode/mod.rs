@@ -1,4 +1,4 @@
-//! One token through one decoder layer, the step that decoding repeats.
+//! One token through one decoder layer, the step that decoding repeats, and through the output projection.
 //!
 //! At one row every product reads its weights once, so that a layer should take as long as memory takes to hand them
 //! over. Its steps are short, though: the threads stay together from the layer's input to its output and meet between
@@ -19,8 +19,12 @@ pub use weight::DecodeWeight;
 
 use crate::experts::Activation;
 use crate::isa::Isa;
+use crate::parallel::Shared;
+use crate::phases::{self, Phase, Tasks};
+use crate::quantized::StackDims;
 use crate::scratch::{self, Scratch};
 use half::bf16;
+use weight::{Product, Rows, store_rounded, with_prepared};
 
 /// A norm's weight and epsilon.
 #[derive(Clone, Debug)]
@@ -97,4 +101,31 @@ pub fn decode_layer(layer: &DecodeLayer, token: &DecodeToken<'_>, out: &mut [bf1
     let mut x = scratch::take::<bf16>(hidden);
     layer.self_attn.forward(isa, &layer.input_layernorm, token, own, &mut x);
     feed_forward::forward(isa, layer, &x, out);
+}
+
+/// The logits of a token behind the last layer: the final norm, then the output projection. They are rounded to `bf16`,
+/// as a product's results are, and given as `f32`.
+///
+/// # Shapes
+/// - `norm`, `x`: `[D]`, `lm_head`: `[V, D]`, `logits`: `[V]`
+///
+/// # Panics
+/// When a slice has the wrong length.
+pub fn decode_head(norm: &DecodeNorm, lm_head: &DecodeWeight, x: &[bf16], logits: &mut [f32]) {
+    let isa = Isa::active();
+    assert_eq!(norm.weight.len(), x.len(), "the norm is [D]");
+    let dims = StackDims { matrices: 1, rows: logits.len(), columns: x.len() };
+    assert_eq!(lm_head.dims(), dims, "lm_head is [V, D]");
+    let product = Product::new(lm_head);
+    let logits = Shared::new(logits);
+    let project = |tasks: &mut Tasks<'_>| {
+        let prepare = || Rows::one(isa, lm_head, &norm.apply(isa, x));
+        with_prepared(tasks, prepare, |rows, task| {
+            product.run_with(isa, task, rows, |columns, sums| {
+                // SAFETY: each task owns its outputs.
+                store_rounded(isa, sums, unsafe { logits.slice(columns) });
+            });
+        });
+    };
+    phases::run([Phase { tasks: product.tasks(), work: &project }]);
 }

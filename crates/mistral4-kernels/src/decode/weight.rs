@@ -273,6 +273,18 @@ fn store_body<Y: Element, const FMA: bool>(sums: &[f32], y: &mut [Y]) {
 }
 
 per_isa! {
+    /// `y = sums`, rounded to bf16.
+    pub(super) fn store_rounded(sums: &[f32], y: &mut [f32]) = store_rounded_body;
+}
+
+#[inline(always)]
+fn store_rounded_body<const FMA: bool>(sums: &[f32], y: &mut [f32]) {
+    for (y, sum) in y.iter_mut().zip(sums) {
+        *y = <bf16 as Element>::from_f32(*sum).to_f32();
+    }
+}
+
+per_isa! {
     /// `y = x + sums`, where sums are rounded before they are added, as a product of its own would be.
     pub(super) fn add_store(x: &[bf16], sums: &[f32], y: &mut [bf16]) = add_store_body;
 }

@@ -3,6 +3,13 @@ use super::experts::activate;
 use super::{choose_experts, routing_weights};
 use crate::{DecodeLayer, DecodeNorm, DecodeToken, DecodeWeight, Element, StackDims, bf16};
 
+/// See [`crate::decode_head`]: nothing is rounded.
+pub fn decode_head(norm_weight: &DecodeNorm, lm_head: &DecodeWeight, x: &[bf16], logits: &mut [f32]) {
+    let x: Vec<f64> = x.iter().map(wide).collect();
+    let sums = multiply(lm_head, 0, &norm(norm_weight, &x));
+    logits.iter_mut().zip(sums).for_each(|(logit, sum)| *logit = sum as f32);
+}
+
 /// See [`crate::decode_layer`]: nothing is rounded between input and output.
 pub fn decode_layer(layer: &DecodeLayer, token: &DecodeToken<'_>, out: &mut [bf16], own: &mut [bf16]) {
     let d = layer.self_attn.dims;

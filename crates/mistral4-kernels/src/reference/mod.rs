@@ -11,7 +11,7 @@ mod rope;
 mod router;
 
 pub use attention::{attention, attention_backward, latent_attention};
-pub use decode::decode_layer;
+pub use decode::{decode_head, decode_layer};
 pub use experts::{gated, gated_backward, moe_experts, moe_experts_backward};
 pub use gemm::gemm;
 pub use loss::linear_cross_entropy;

@@ -1,7 +1,7 @@
 //! The step of a decoded token against its plain twin.
 use crate::decode_layer_maker::{Maker, STORES, Sizes, attention};
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
-use mistral4_kernels::{DecodeToken, Rotary, bf16, decode_layer, reference};
+use mistral4_kernels::{DecodeToken, Rotary, bf16, decode_head, decode_layer, reference};
 
 const SIZES: [Sizes; 4] = [
     Sizes {
@@ -67,6 +67,25 @@ fn decoded_tokens() {
                     isa.run(|| decode_layer(&layer, &token, &mut again.0, &mut again.1));
                 });
                 assert_eq!((again.0, again.1), (got, got_own), "one thread, {what}");
+            }
+        }
+    });
+}
+
+#[test]
+fn decoded_logits() {
+    on_each_isa(|isa| {
+        for (vocab, hidden) in [(1, 1), (33, 37), (700, 130)] {
+            for store in STORES {
+                let mut maker = Maker { random: Random::new(vocab as u64), store, made: 0 };
+                let (norm, lm_head) = (maker.norm(hidden), maker.one(vocab, hidden));
+                let x = maker.random.values::<bf16>(hidden, 1.0);
+                let (mut got, mut want) = (poison::<f32>(vocab), poison::<f32>(vocab));
+                decode_head(&norm, &lm_head, &x, &mut got);
+                reference::decode_head(&norm, &lm_head, &x, &mut want);
+                let what = format!("{isa:?} {store:?} {vocab} x {hidden}");
+                assert_close(&what, &got, &want, tolerance::<bf16>());
+                assert!(got.iter().all(|logit| bf16::from_f32(*logit).to_f32() == *logit), "rounded, {what}");
             }
         }
     });

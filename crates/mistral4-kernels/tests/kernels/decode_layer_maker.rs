@@ -67,11 +67,11 @@ impl Maker {
         }
     }
 
-    fn one(&mut self, rows: usize, columns: usize) -> DecodeWeight {
+    pub(crate) fn one(&mut self, rows: usize, columns: usize) -> DecodeWeight {
         self.stack(1, rows, columns, false)
     }
 
-    fn norm(&mut self, width: usize) -> DecodeNorm {
+    pub(crate) fn norm(&mut self, width: usize) -> DecodeNorm {
         let weight = self.random.values::<f32>(width, 0.3).iter().map(|x| 1.0 + x).collect();
         DecodeNorm { weight, eps: 1e-6 }
     }

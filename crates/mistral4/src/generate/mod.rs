@@ -1,9 +1,15 @@
 //! Generation of token ids: greedy or sampled, one prompt or a batch. Text is the caller's business.
 
+#[cfg(feature = "flex")]
+mod decoder;
+#[cfg(not(feature = "flex"))]
+#[path = "no_decoder.rs"]
+mod decoder;
 mod sampler;
 
 use std::ops::ControlFlow;
 
+pub use decoder::Decoder;
 pub use sampler::{Sampler, SamplingOptions};
 
 use crate::error::{Error, Result};
@@ -32,11 +38,18 @@ pub struct Request {
 pub struct Generation<'a> {
     model: &'a Mistral4,
     cache: LatentCache,
+    /// What goes on with a single row behind its prompt, where the model is fit for it.
+    decoder: Option<Decoder>,
     rows: Vec<Row>,
+    /// Row and token of the last step.
+    added: Vec<(usize, u32)>,
     /// Tokens that the next step feeds, one a row; the padded prompts before the first.
     next: Option<Vec<u32>>,
     prompts: Vec<Request>,
 }
+
+/// Tokens that a row has memory for beforehand at most.
+const MOST_FORESEEN: usize = 4096;
 
 struct Row {
     sampler: Sampler,
@@ -46,6 +59,40 @@ struct Row {
     max_new_tokens: usize,
     stop_tokens: Vec<u32>,
     done: bool,
+}
+
+impl Row {
+    fn new(request: &Request) -> Result<Self> {
+        let mut tokens =
+            Vec::with_capacity(request.input_ids.len() + request.max_new_tokens.min(MOST_FORESEEN));
+        tokens.extend_from_slice(&request.input_ids);
+        Ok(Self {
+            sampler: Sampler::new(request.sampling.clone())?,
+            tokens,
+            prompt_length: request.input_ids.len(),
+            max_new_tokens: request.max_new_tokens,
+            stop_tokens: request.stop_tokens.clone(),
+            done: request.max_new_tokens == 0,
+        })
+    }
+
+    fn last(&self) -> u32 {
+        *self.tokens.last().expect("prompts are not empty")
+    }
+
+    /// Where the last token stands.
+    fn position(&self) -> i64 {
+        self.tokens.len() as i64 - 1
+    }
+
+    /// Appends a token; `logits` are overwritten.
+    fn add(&mut self, logits: &mut [f32]) -> u32 {
+        let token = self.sampler.choose(logits, &self.tokens);
+        self.tokens.push(token);
+        let length = self.tokens.len() - self.prompt_length;
+        self.done = length >= self.max_new_tokens || self.stop_tokens.contains(&token);
+        token
+    }
 }
 
 impl<'a> Generation<'a> {
@@ -62,51 +109,53 @@ impl<'a> Generation<'a> {
                 "prompt {row} is empty; it needs at least a begin token"
             )));
         }
-        let row = |r: &Request| {
-            Ok(Row {
-                sampler: Sampler::new(r.sampling.clone())?,
-                tokens: r.input_ids.clone(),
-                prompt_length: r.input_ids.len(),
-                max_new_tokens: r.max_new_tokens,
-                stop_tokens: r.stop_tokens.clone(),
-                done: r.max_new_tokens == 0,
-            })
-        };
-        let rows = requests.iter().map(row).collect::<Result<_>>()?;
-        Ok(Self { model, cache: LatentCache::new(), rows, next: None, prompts: requests })
+        let rows = requests.iter().map(Row::new).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            model,
+            cache: LatentCache::new(),
+            decoder: None,
+            added: Vec::with_capacity(rows.len()),
+            rows,
+            next: None,
+            prompts: requests,
+        })
     }
 
     /// Adds one token to every unfinished row; returns `(row, token)` pairs, empty when all rows are done.
     ///
     /// # Errors
     /// Prompts that the model refuses.
-    pub fn step(&mut self) -> Result<Vec<(usize, u32)>> {
+    pub fn step(&mut self) -> Result<&[(usize, u32)]> {
+        self.added.clear();
         if self.rows.iter().all(|row| row.done) {
-            return Ok(Vec::new());
+            return Ok(&self.added);
         }
+        if let Some(decoder) = &mut self.decoder {
+            let row = &mut self.rows[0];
+            let token = row.add(decoder.step(row.last(), row.position())?);
+            self.added.push((0, token));
+            return Ok(&self.added);
+        }
+        let is_prompt = self.next.is_none();
         let inputs = self.inputs()?;
         let options = ForwardOptions { logits_to_keep: LogitsToKeep::Last(1), ..Default::default() };
         let logits = self.model.prefill(&inputs, &mut self.cache, &options)?.logits;
         let logits = logits.expect("logits of the last position were asked for");
         let [batch, vocab] = logits.dims();
-        let logits: Vec<f32> =
+        let mut logits: Vec<f32> =
             logits.into_data_as::<f32>().try_into_vec::<f32>().expect("the tensor was just converted to f32");
-        let mut added = Vec::new();
         let mut next = Vec::with_capacity(batch);
-        for (index, (row, logits)) in self.rows.iter_mut().zip(logits.chunks_exact(vocab)).enumerate() {
-            if row.done {
-                next.push(*row.tokens.last().expect("prompts are not empty"));
-                continue;
+        for (index, (row, logits)) in self.rows.iter_mut().zip(logits.chunks_exact_mut(vocab)).enumerate() {
+            if !row.done {
+                self.added.push((index, row.add(logits)));
             }
-            let token = row.sampler.choose(logits, &row.tokens);
-            row.tokens.push(token);
-            let length = row.tokens.len() - row.prompt_length;
-            row.done = length >= row.max_new_tokens || row.stop_tokens.contains(&token);
-            next.push(token);
-            added.push((index, token));
+            next.push(row.last());
         }
         self.next = Some(next);
-        Ok(added)
+        if let ([row], true) = (&self.rows[..], is_prompt) {
+            self.decoder = Decoder::take_over(self.model, &mut self.cache, row.max_new_tokens);
+        }
+        Ok(&self.added)
     }
 
     /// Ends a row early.
@@ -124,9 +173,8 @@ impl<'a> Generation<'a> {
     fn inputs(&mut self) -> Result<ModelInputs> {
         let batch = self.rows.len();
         if let Some(next) = self.next.take() {
-            let position = |row: &Row| row.tokens.len() as i64 - 1;
             // A finished row repeats its last token at a position of its own, which nobody reads.
-            let positions = self.rows.iter().map(position).collect();
+            let positions = self.rows.iter().map(Row::position).collect();
             return Ok(ModelInputs::rows(next, batch).with_position_ids(positions));
         }
         let longest = self.rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
@@ -159,7 +207,7 @@ pub fn generate(
     let mut generation = Generation::new(model, vec![request])?;
     loop {
         let added = generation.step()?;
-        let stopped = added.into_iter().any(|(_, token)| on_token(token).is_break());
+        let stopped = added.iter().any(|&(_, token)| on_token(token).is_break());
         if stopped || generation.rows.iter().all(|row| row.done) {
             return Ok(generation.generated(0).to_vec());
         }

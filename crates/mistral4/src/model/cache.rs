@@ -91,6 +91,22 @@ impl LatentCache {
         &mut self.layers[index]
     }
 
+    /// Takes the slots of a single row out, layer by layer, from its first token on; `None` for several rows or none.
+    ///
+    /// # Shapes
+    /// - each layer: `[tokens, R + rope]`
+    #[cfg(feature = "flex")]
+    pub(crate) fn take_row(&mut self) -> Option<Vec<Tensor<2>>> {
+        let [start] = self.starts[..] else { return None };
+        let length = std::mem::take(&mut self.length);
+        let slots = |layer: LayerCache| {
+            let latent = layer.latent?;
+            let [_, capacity, width] = latent.dims();
+            Some(latent.reshape([capacity, width]).slice_dim(0, start..length))
+        };
+        std::mem::take(&mut self.layers).into_iter().map(slots).collect()
+    }
+
     /// Segments of `sequence` new tokens a row over the cached ones and themselves, keys indexed in the flattened
     /// `[B * slots]`, where `slots` counts the cached and new tokens.
     pub(crate) fn segments(&self, sequence: usize) -> Arc<[Segment]> {
@@ -110,16 +126,6 @@ impl LatentCache {
 }
 
 impl LayerCache {
-    /// What earlier passes left, if they left anything.
-    ///
-    /// # Shapes
-    /// - output: `[B, length, R + rope]`
-    #[cfg(feature = "flex")]
-    pub(crate) fn filled(&self) -> Option<Tensor<3>> {
-        let latent = self.latent.as_ref().filter(|_| self.length > 0)?;
-        Some(latent.clone().slice_dim(1, 0..self.length))
-    }
-
     /// Appends the latents of new tokens and returns all.
     ///
     /// # Shapes

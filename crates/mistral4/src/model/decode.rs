@@ -16,7 +16,9 @@ use super::moe::Moe;
 use super::norm::RmsNorm;
 use super::weight::{ExpertWeight, LinearWeight, bf16_values, packs};
 use crate::ops::activation::kernel_activation;
-use crate::ops::decode::DecodeWeights;
+
+/// The weights of a layer, shared between the copies of a model.
+pub(crate) type DecodeWeights = Arc<DecodeLayer>;
 
 impl DecoderLayer {
     /// The layer's weights as the kernel for one token takes them; `None` where one of them is not frozen, has an adapter
@@ -102,7 +104,7 @@ impl Gate {
 }
 
 impl Linear {
-    fn decode_weight(&self) -> Option<DecodeWeight> {
+    pub(crate) fn decode_weight(&self) -> Option<DecodeWeight> {
         match &self.weight {
             _ if self.lora.is_some() || self.bias.is_some() => None,
             LinearWeight::Dense(_) => None,
@@ -123,72 +125,11 @@ impl ExpertWeight {
 }
 
 impl RmsNorm {
-    fn decode_norm(&self) -> DecodeNorm {
+    pub(crate) fn decode_norm(&self) -> DecodeNorm {
         DecodeNorm { weight: f32_values(self.weight.val()), eps: self.eps as f32 }
     }
 }
 
 fn f32_values(tensor: Tensor<1>) -> Vec<f32> {
     tensor.inner().into_data_as::<f32>().try_into_vec().expect("the tensor was just converted to f32")
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::Device;
-    use mistral4_checkpoint::config::{Config, ConfigFile, ConfigOptions};
-    use mistral4_checkpoint::weights::DType;
-    use serde_json::json;
-
-    use crate::inputs::{ForwardOptions, ModelInputs};
-    use crate::model::moe::MoeOptions;
-    use crate::weights::InitialSource;
-    use crate::{LatentCache, Mistral4};
-
-    /// Tokens go to all experts, because a choice between scores that differ by a rounding may fall either way.
-    fn config(q_lora_rank: Option<usize>) -> Config {
-        let raw = json!({
-            "model_type": "mistral4", "vocab_size": 40, "hidden_size": 48, "intermediate_size": 56,
-            "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "n_shared_experts": 2, "n_routed_experts": 4, "num_experts_per_tok": 4, "kv_lora_rank": 16,
-            "q_lora_rank": q_lora_rank, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10, "n_group": 1,
-            "topk_group": 1, "first_k_dense_replace": 1, "initializer_range": 0.2, "max_position_embeddings": 256,
-            "tie_word_embeddings": false,
-            "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
-                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5
-            }
-        });
-        ConfigFile::from_value(raw, "test.json".as_ref(), &ConfigOptions::default()).unwrap().config
-    }
-
-    /// Logits of tokens that follow a prompt one by one; asking for the routing keeps layers from running as one kernel.
-    fn logits(model: &Mistral4, output_routing: bool) -> Vec<f32> {
-        let options = ForwardOptions { output_routing, ..Default::default() };
-        let mut cache = LatentCache::new();
-        let mut logits = Vec::new();
-        for ids in [vec![3, 1, 4, 1, 5], vec![9], vec![2], vec![6], vec![5], vec![3], vec![5], vec![8]] {
-            let out = model.forward(&ModelInputs::rows(ids, 1), Some(&mut cache), &options).unwrap();
-            logits.extend(out.logits.unwrap().into_data_as::<f32>().try_into_vec::<f32>().unwrap());
-            assert_eq!(out.routing.len(), if output_routing { 2 } else { 0 });
-        }
-        logits
-    }
-
-    #[test]
-    fn tokens_through_one_kernel_a_layer_are_as_through_its_steps() {
-        for q_lora_rank in [Some(20), None] {
-            let config = config(q_lora_rank);
-            let source = InitialSource::new(&config, 11, DType::BF16);
-            let model = Mistral4::new(&config, MoeOptions::default(), &source, &Device::flex()).unwrap();
-            assert!(model.text().model.layers.iter().all(|layer| layer.decode.is_none()), "not frozen yet");
-            let model = model.pack();
-            let layers = &model.text().model.layers;
-            assert!(layers.iter().all(|layer| layer.decode.is_some()));
-            let (got, want) = (logits(&model, false), logits(&model, true));
-            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
-            let error = norm(&mut got.iter().zip(&want).map(|(got, want)| got - want));
-            let size = norm(&mut want.iter().copied());
-            assert!(error < 2e-2 * size, "{error} of {size}");
-        }
-    }
 }

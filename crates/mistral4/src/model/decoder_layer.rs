@@ -6,6 +6,7 @@ use mistral4_checkpoint::config::Config;
 
 use crate::error::Result;
 use crate::model::cache::LayerCache;
+use crate::model::decode::DecodeWeights;
 use crate::model::gate::Routing;
 use crate::model::mla::{AttentionMask, Mla};
 use crate::model::mlp::Mlp;
@@ -13,9 +14,6 @@ use crate::model::moe::{Moe, MoeOptions};
 use crate::model::norm::RmsNorm;
 use crate::model::rope::RotaryTables;
 use crate::ops;
-use crate::ops::decode::DecodeWeights;
-#[cfg(feature = "flex")]
-use crate::ops::decode::decode_layer;
 use crate::weights::Parameters;
 
 /// Attention and feed-forward, each normed before and added to the residual stream after.
@@ -31,7 +29,7 @@ pub struct DecoderLayer {
     pub mlp: FeedForward,
     /// All of them once more, for one token at a time; only where they are frozen.
     #[module(skip)]
-    pub(super) decode: Option<DecodeWeights>,
+    pub(crate) decode: Option<DecodeWeights>,
 }
 
 /// The feed-forward of a layer: dense in the first `first_k_dense_replace` layers, a mixture in the others.
@@ -96,15 +94,9 @@ impl DecoderLayer {
         &self,
         x: Tensor<2>,
         context: &LayerContext,
-        mut cache: Option<&mut LayerCache>,
+        cache: Option<&mut LayerCache>,
         replay: Option<&Tensor<2, Int>>,
     ) -> (Tensor<2>, Option<Routing>) {
-        if let Some(cache) = cache.as_deref_mut()
-            && replay.is_none()
-            && let Some(y) = self.decode(&x, context, cache)
-        {
-            return (y, None);
-        }
         let attended = self.self_attn.forward(
             self.input_layernorm.forward(x.clone()),
             &context.rotary,
@@ -120,33 +112,5 @@ impl DecoderLayer {
                 (ops::add(x, y), Some(routing))
             }
         }
-    }
-
-    /// The layer as one kernel, if there are weights for it and one token continues one row.
-    #[cfg(feature = "flex")]
-    fn decode(&self, x: &Tensor<2>, context: &LayerContext, cache: &mut LayerCache) -> Option<Tensor<2>> {
-        let weights = self.decode.as_ref()?;
-        let sees_all = |segments: &[ops::Segment]| matches!(segments, [all] if all.k.start == 0);
-        let AttentionMask::Cached { segments, batch: 1 } = &context.mask else { return None };
-        if x.dims()[0] != 1
-            || !sees_all(segments)
-            || context.output_routing
-            || !ops::is_fused(&x.device())
-            || x.is_tracked()
-        {
-            return None;
-        }
-        let cached = cache.filled()?;
-        let [_, slots, width] = cached.dims();
-        let kv_b = self.self_attn.kv_b_proj.weight.val();
-        let [y, own] =
-            decode_layer(x.clone(), &context.rotary, cached.reshape([slots, width]), kv_b, weights);
-        cache.append(own.reshape([1, 1, width]));
-        Some(y)
-    }
-
-    #[cfg(not(feature = "flex"))]
-    fn decode(&self, _: &Tensor<2>, _: &LayerContext, _: &mut LayerCache) -> Option<Tensor<2>> {
-        None
     }
 }

@@ -4,7 +4,7 @@
 //! sequences; which token sees which is said by segments alone (see [`crate::ops::AttentionSpec`]).
 
 pub mod cache;
-mod decode;
+pub(crate) mod decode;
 pub mod decoder_layer;
 pub mod dropout;
 mod expert_parallel;

@@ -43,20 +43,42 @@ impl RotaryEmbedding {
     /// Cos, sin and query scale at `positions`, computed in f32.
     pub fn tables(&self, positions: &[i64], device: &Device) -> RotaryTables {
         let pairs = self.inv_freq.len();
-        let angles = positions.iter().flat_map(|&p| self.inv_freq.iter().map(move |f| p as f32 * f));
-        let (sin, cos): (Vec<f32>, Vec<f32>) =
-            angles.map(|a| (a.sin() * self.attention_factor, a.cos() * self.attention_factor)).unzip();
+        let (mut cos, mut sin) = (vec![0.0; positions.len() * pairs], vec![0.0; positions.len() * pairs]);
+        let rows = cos.chunks_exact_mut(pairs.max(1)).zip(sin.chunks_exact_mut(pairs.max(1)));
+        positions.iter().zip(rows).for_each(|(&position, (cos, sin))| self.row(position, cos, sin));
         let table =
             |data| Tensor::from_data(TensorData::new(data, [positions.len(), pairs]), (device, DType::F32));
-        RotaryTables { cos: table(cos), sin: table(sin), query_scale: self.query_scale(positions) }
+        RotaryTables { cos: table(cos), sin: table(sin), query_scale: self.query_scales(positions) }
     }
 
-    fn query_scale(&self, positions: &[i64]) -> Option<Arc<[f32]>> {
-        let (beta, original) = self.llama_4_scaling?;
+    /// Entries of a row of cos or sin: half of the rotated entries of a head.
+    pub fn pairs(&self) -> usize {
+        self.inv_freq.len()
+    }
+
+    /// Cos and sin of one position.
+    ///
+    /// # Shapes
+    /// - `cos`, `sin`: `[pairs]`
+    pub fn row(&self, position: i64, cos: &mut [f32], sin: &mut [f32]) {
+        for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&self.inv_freq) {
+            let angle = position as f32 * frequency;
+            *cos = angle.cos() * self.attention_factor;
+            *sin = angle.sin() * self.attention_factor;
+        }
+    }
+
+    /// Factor on the whole query of a token.
+    pub fn query_scale(&self, position: i64) -> f32 {
+        self.llama_4_scaling.map_or(1.0, |(beta, original)| llama_4_attention_scale(position, beta, original))
+    }
+
+    fn query_scales(&self, positions: &[i64]) -> Option<Arc<[f32]>> {
+        let (_, original) = self.llama_4_scaling?;
         if positions.iter().all(|&p| (p as usize) < original) {
             return None;
         }
-        Some(positions.iter().map(|&p| llama_4_attention_scale(p, beta, original)).collect())
+        Some(positions.iter().map(|&p| self.query_scale(p)).collect())
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Mistral4Model {
     /// Token whose embedding is not trained.
     pub padding_idx: Option<u32>,
     #[module(skip)]
-    rotary: RotaryEmbedding,
+    pub(crate) rotary: RotaryEmbedding,
 }
 
 /// The decoder with its head.

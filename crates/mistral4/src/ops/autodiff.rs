@@ -10,7 +10,6 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use mistral4_checkpoint::config::Activation;
 use mistral4_kernels::RouterDims;
 
-use super::decode::DecodeWeights;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
@@ -395,20 +394,6 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         // As above.
         let (x, weights) = (x.into_primitive(), weights.into_primitive());
         Self::from_inner(B::packed_experts(x, indices, weights, experts, activation))
-    }
-
-    fn decode_layer(
-        x: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-        query_scale: f32,
-        cached: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        weights: DecodeWeights,
-    ) -> FloatTensor<Self> {
-        // As above.
-        let [x, cos, sin, cached, kv_b] = [x, cos, sin, cached, kv_b].map(|t| t.into_primitive());
-        Self::from_inner(B::decode_layer(x, cos, sin, query_scale, cached, kv_b, weights))
     }
 
     fn routing_weights(

@@ -8,10 +8,8 @@ use burn::tensor::{Int, Tensor};
 use mistral4_checkpoint::config::Activation;
 use mistral4_kernels::RouterDims;
 
-use super::decode::DecodeWeights;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLoss, TokenLossScale};
-use crate::model::rope::RotaryTables;
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -32,17 +30,6 @@ pub(super) trait FusedOps: Backend {
         weights: FloatTensor<Self>,
         experts: [PackedWeight; 2],
         activation: Activation,
-    ) -> FloatTensor<Self>;
-
-    /// See [`super::decode::decode_layer`]: both outputs side by side, `[1, D + R + rope]`.
-    fn decode_layer(
-        x: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-        query_scale: f32,
-        cached: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        weights: DecodeWeights,
     ) -> FloatTensor<Self>;
 
     /// See [`super::routing_weights`].
@@ -145,19 +132,6 @@ pub(super) fn packed_experts(
 ) -> Tensor<2> {
     let (x, indices, weights) = (x.into_dispatch(), indices.into_dispatch(), weights.into_dispatch());
     Tensor::from_dispatch(Dispatch::packed_experts(x, indices, weights, experts, activation))
-}
-
-pub(super) fn decode_layer(
-    x: Tensor<2>,
-    rotary: &RotaryTables,
-    cached: Tensor<2>,
-    kv_b: Tensor<2>,
-    weights: DecodeWeights,
-) -> Tensor<2> {
-    let query_scale = rotary.query_scale.as_ref().map_or(1.0, |scale| scale[0]);
-    let [cos, sin] = [&rotary.cos, &rotary.sin].map(|table| table.clone().into_dispatch());
-    let [x, cached, kv_b] = [x, cached, kv_b].map(Tensor::into_dispatch);
-    Tensor::from_dispatch(Dispatch::decode_layer(x, cos, sin, query_scale, cached, kv_b, weights))
 }
 
 pub(super) fn routing_weights(logits: Tensor<2>, indices: Tensor<2, Int>, dims: RouterDims) -> Tensor<2> {

@@ -12,7 +12,6 @@ use mistral4_kernels as kernels;
 
 use super::activation::kernel_activation;
 use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, RmsNormSaved};
-use super::decode::DecodeWeights;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
@@ -218,21 +217,6 @@ impl FusedOps for Flex {
             kernels::packed_experts(&experts, &mut out);
             tensor(out, x.shape())
         }))
-    }
-
-    fn decode_layer(x: F, cos: F, sin: F, query_scale: f32, cached: F, kv_b: F, weights: DecodeWeights) -> F {
-        let (hidden, width) = (weights.hidden(), weights.slot_width());
-        let [x, cos, sin, cached, kv_b] = [x, cos, sin, cached, kv_b].map(contiguous);
-        let mut both = output::<bf16>(hidden + width);
-        let (out, own) = both.split_at_mut(hidden);
-        let token = kernels::DecodeToken {
-            x: slice(&x),
-            rotary: kernels::Rotary { cos: slice(&cos), sin: slice(&sin), query_scale },
-            cached: slice(&cached),
-            kv_b: slice(&kv_b),
-        };
-        kernels::decode_layer(&weights, &token, out, own);
-        tensor(both, [1, hidden + width])
     }
 
     fn routing_weights(logits: F, indices: I, dims: kernels::RouterDims) -> F {

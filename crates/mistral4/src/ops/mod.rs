@@ -8,7 +8,6 @@ pub mod activation;
 mod autodiff;
 pub mod collective;
 pub mod composite;
-pub mod decode;
 #[cfg(feature = "flex")]
 mod extension;
 #[cfg(feature = "flex")]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
+use mistral4::generate::Decoder;
 use mistral4::inputs::LogitsToKeep;
 use mistral4::{ForwardOptions, LatentCache, Mistral4, ModelInputs};
 use mistral4_checkpoint::config::{Config, TextConfig};
@@ -141,7 +142,8 @@ impl Work {
             ..OptimizerConfig::default()
         };
         let optimizer = Optimizer::new(config);
-        Runner { work: self, model: Some(model), device, optimizer, cache: LatentCache::new() }
+        let cache = LatentCache::new();
+        Runner { work: self, model: Some(model), device, optimizer, cache, decoder: None }
     }
 }
 
@@ -162,6 +164,8 @@ fn seen(past: usize, count: usize) -> f64 {
     count * past + count * (count + 1.0) / 2.0
 }
 
+const MODEL_IS_BACK: &str = "the model is back after every step";
+
 /// Does the work.
 pub(super) struct Runner<'a> {
     work: &'a Work,
@@ -170,6 +174,8 @@ pub(super) struct Runner<'a> {
     device: Device,
     optimizer: Optimizer,
     cache: LatentCache,
+    /// What decodes a single row, where the model is fit for it.
+    decoder: Option<Decoder>,
 }
 
 impl Runner<'_> {
@@ -178,6 +184,8 @@ impl Runner<'_> {
         self.cache = LatentCache::new();
         if self.work.mode == Mode::Decode {
             self.prefill()?;
+            let model = self.model.as_ref().expect(MODEL_IS_BACK);
+            self.decoder = Decoder::take_over(model, &mut self.cache, self.work.new_tokens);
         }
         Ok(())
     }
@@ -188,6 +196,13 @@ impl Runner<'_> {
             Mode::Prefill => self.prefill(),
             Mode::Decode => {
                 let ids = self.work.ids(self.work.batch * self.work.new_tokens);
+                if let Some(decoder) = &mut self.decoder {
+                    let positions = self.work.sequence as i64..;
+                    return Ok(ids
+                        .into_iter()
+                        .zip(positions)
+                        .try_for_each(|(id, position)| decoder.step(id, position).map(|_| ()))?);
+                }
                 ids.chunks_exact(self.work.batch).try_for_each(|ids| self.pass(ids.to_vec()))
             }
             Mode::Train => self.train(),
@@ -199,16 +214,17 @@ impl Runner<'_> {
     }
 
     fn pass(&mut self, ids: Vec<u32>) -> Result<()> {
-        let model = self.model.as_ref().expect("the model is back after every step");
         let options = ForwardOptions { logits_to_keep: LogitsToKeep::Last(1), ..Default::default() };
-        let output = model.prefill(&ModelInputs::rows(ids, self.work.batch), &mut self.cache, &options)?;
+        let inputs = ModelInputs::rows(ids, self.work.batch);
+        let model = self.model.as_ref().expect(MODEL_IS_BACK);
+        let output = model.prefill(&inputs, &mut self.cache, &options)?;
         // Reading the logits waits for the device, as choosing a token would.
         output.logits.expect("the last position's logits were asked for").into_data();
         Ok(())
     }
 
     fn train(&mut self) -> Result<()> {
-        let model = self.model.take().expect("the model is back after every step");
+        let model = self.model.take().expect(MODEL_IS_BACK);
         let ids = self.work.ids(self.work.batch * self.work.sequence);
         let labels: Vec<i64> = ids.iter().skip(1).chain(ids.first()).map(|&id| i64::from(id)).collect();
         let scale = LossScale { per_token: 1.0 / labels.len() as f64, z_loss: 0.0, aux: 0.0 };
