@@ -17,6 +17,8 @@ pub struct LatentCache {
     layers: Vec<LayerCache>,
     /// Slots in use, the same in each row.
     length: usize,
+    /// Slots that each row has memory for.
+    capacity: usize,
     /// First slot of each row that holds a token (left padding lies before it).
     starts: Vec<usize>,
 }
@@ -27,6 +29,19 @@ pub struct LayerCache {
     /// `[B, capacity, R + rope]`: the normed `compressed_kv`, then the rotated `k_pe`.
     latent: Option<Tensor<3>>,
     length: usize,
+    /// Slots that a row has memory for, or will have when something is appended.
+    capacity: usize,
+}
+
+/// Who sees whom in a pass that begins or continues a cache.
+#[derive(Debug, Clone)]
+pub struct CachedMask {
+    /// Rows.
+    pub batch: usize,
+    /// Over the slots in use of all rows, one row after the other.
+    pub dense: Arc<[Segment]>,
+    /// Over all slots, free ones between those of two rows.
+    pub in_place: Arc<[Segment]>,
 }
 
 impl LatentCache {
@@ -79,6 +94,10 @@ impl LatentCache {
             let why = "rows of the first pass".into();
             return Err(Error::Length { name: "batch", got: batch, expected: self.starts.len(), why });
         }
+        let slots = self.length + sequence;
+        if slots > self.capacity {
+            self.capacity = (slots + GROWTH).max(2 * self.capacity);
+        }
         Ok(())
     }
 
@@ -87,8 +106,11 @@ impl LatentCache {
         self.length += sequence;
     }
 
+    /// A layer's part, with memory for this pass.
     pub(crate) fn layer(&mut self, index: usize) -> &mut LayerCache {
-        &mut self.layers[index]
+        let layer = &mut self.layers[index];
+        layer.capacity = self.capacity;
+        layer
     }
 
     /// Takes the slots of a single row out, layer by layer, from its first token on; `None` for several rows or none.
@@ -99,6 +121,7 @@ impl LatentCache {
     pub(crate) fn take_row(&mut self) -> Option<Vec<Tensor<2>>> {
         let [start] = self.starts[..] else { return None };
         let length = std::mem::take(&mut self.length);
+        self.capacity = 0;
         let slots = |layer: LayerCache| {
             let latent = layer.latent?;
             let [_, capacity, width] = latent.dims();
@@ -107,9 +130,19 @@ impl LatentCache {
         std::mem::take(&mut self.layers).into_iter().map(slots).collect()
     }
 
-    /// Segments of `sequence` new tokens a row over the cached ones and themselves, keys indexed in the flattened
-    /// `[B * slots]`, where `slots` counts the cached and new tokens.
-    pub(crate) fn segments(&self, sequence: usize) -> Arc<[Segment]> {
+    /// Who sees whom when each row gets `sequence` new tokens.
+    pub(crate) fn mask(&self, sequence: usize) -> CachedMask {
+        let slots = self.length + sequence;
+        CachedMask {
+            batch: self.starts.len(),
+            dense: self.segments(sequence, slots),
+            in_place: self.segments(sequence, self.capacity),
+        }
+    }
+
+    /// Segments of `sequence` new tokens a row over the cached ones and themselves; the keys of a row begin `stride` after
+    /// those of the row before.
+    fn segments(&self, sequence: usize, stride: usize) -> Arc<[Segment]> {
         let slots = self.length + sequence;
         let rows = self.starts.iter().enumerate();
         rows.map(|(row, &start)| {
@@ -117,7 +150,7 @@ impl LatentCache {
             let skipped = start.saturating_sub(self.length).min(sequence);
             Segment {
                 q: row * sequence + skipped..(row + 1) * sequence,
-                k: row * slots + start.min(slots)..(row + 1) * slots,
+                k: row * stride + start.min(slots)..row * stride + slots,
                 causal: Some((self.length + skipped).saturating_sub(start) as isize),
             }
         })
@@ -126,18 +159,17 @@ impl LatentCache {
 }
 
 impl LayerCache {
-    /// Appends the latents of new tokens and returns all.
+    /// Appends the latents of new tokens.
     ///
     /// # Shapes
-    /// - `new`: `[B, S, R + rope]`, output: `[B, length + S, R + rope]`
-    pub(crate) fn append(&mut self, new: Tensor<3>) -> Tensor<3> {
+    /// - `new`: `[B, S, R + rope]`
+    pub(crate) fn append(&mut self, new: Tensor<3>) {
         let [batch, sequence, width] = new.dims();
         let length = self.length + sequence;
         let latent = match self.latent.take() {
-            Some(latent) if latent.dims()[1] >= length => latent,
+            Some(latent) if latent.dims()[1] >= self.capacity => latent,
             old => {
-                let capacity = (length + GROWTH).max(old.as_ref().map_or(0, |t| 2 * t.dims()[1]));
-                let grown = Tensor::zeros([batch, capacity, width], (&new.device(), new.dtype()));
+                let grown = Tensor::zeros([batch, self.capacity, width], (&new.device(), new.dtype()));
                 match old {
                     Some(old) => {
                         let old = old.slice_dim(1, 0..self.length);
@@ -149,8 +181,29 @@ impl LayerCache {
         };
         let latent = latent.slice_assign([0..batch, self.length..length, 0..width], new);
         self.length = length;
-        let all = latent.clone().slice_dim(1, 0..length);
         self.latent = Some(latent);
-        all
+    }
+
+    /// Slots in use.
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// All slots, the free ones among them, where they lie.
+    ///
+    /// # Shapes
+    /// - output: `[B * capacity, R + rope]`
+    pub(crate) fn in_place(&self) -> Tensor<2> {
+        let latent = self.latent.clone().expect("something was appended");
+        latent.flatten(0, 1)
+    }
+
+    /// The slots in use, which are copied together where there are several rows.
+    ///
+    /// # Shapes
+    /// - output: `[B * length, R + rope]`
+    pub(crate) fn dense(&self) -> Tensor<2> {
+        let latent = self.latent.clone().expect("something was appended");
+        latent.slice_dim(1, 0..self.length).flatten(0, 1)
     }
 }

@@ -15,7 +15,7 @@ use mistral4_checkpoint::config::Config;
 use mistral4_kernels::DecodeAttentionDims;
 
 use crate::error::Result;
-use crate::model::cache::LayerCache;
+use crate::model::cache::{CachedMask, LayerCache};
 use crate::model::linear::Linear;
 use crate::model::norm::{LATENT_NORM_EPS, RmsNorm};
 use crate::model::rope::RotaryTables;
@@ -28,13 +28,8 @@ use crate::weights::Parameters;
 pub enum AttentionMask {
     /// Among the tokens of this pass.
     Segments(Arc<[Segment]>),
-    /// Over cached and new tokens; key rows count in the flattened cache of `batch` rows.
-    Cached {
-        /// Segments over the cache.
-        segments: Arc<[Segment]>,
-        /// Rows of the batch.
-        batch: usize,
-    },
+    /// Over cached and new tokens.
+    Cached(CachedMask),
     /// Added to the scores, `[B, 1 or N, S, S]`.
     Explicit(Box<Tensor<4>>),
 }
@@ -165,25 +160,19 @@ impl Mla {
         let q = self.query(x.clone(), rotary);
         let (latent, k_pe) = self.latent(x, rotary);
 
-        let cached = cache.map(|cache| {
-            let batch = match mask {
-                AttentionMask::Cached { batch, .. } => *batch,
-                _ => unreachable!("a cache comes with a cached mask"),
-            };
-            let new = Tensor::cat(vec![latent.clone(), k_pe.clone()], 1);
-            (cache.append(new.reshape([batch, tokens / batch, s.rank + s.rope])), batch)
-        });
-        let out = match (mask, cached) {
-            (AttentionMask::Cached { segments, .. }, Some((all, batch))) => {
-                let slots = all.dims()[1];
-                let all = all.reshape([batch * slots, s.rank + s.rope]);
-                if slots == tokens / batch {
+        let out = match (mask, cache) {
+            (AttentionMask::Cached(cached), Some(cache)) => {
+                let sequence = tokens / cached.batch;
+                let new = Tensor::cat(vec![latent.clone(), k_pe.clone()], 1);
+                cache.append(new.reshape([cached.batch, sequence, s.rank + s.rope]));
+                if cache.len() == sequence {
                     self.attend_expanded(q, latent, k_pe, mask)
-                } else if tokens / batch > s.most_absorbed() {
+                } else if sequence > s.most_absorbed() {
+                    let all = cache.dense();
                     let latent = all.clone().slice_dim(1, 0..s.rank);
                     self.attend_expanded(q, latent, all.slice_dim(1, s.rank..s.rank + s.rope), mask)
                 } else {
-                    self.attend_absorbed(q, all, segments)
+                    self.attend_absorbed(q, cache.in_place(), &cached.in_place)
                 }
             }
             _ => self.attend_expanded(q, latent, k_pe, mask),
@@ -233,7 +222,7 @@ impl Mla {
         let slots = latent.dims()[0];
         let kv = self.kv_b_proj.forward(latent).reshape([slots, s.heads, s.nope + s.v]);
         match mask {
-            AttentionMask::Segments(segments) | AttentionMask::Cached { segments, .. } => {
+            AttentionMask::Segments(segments) | AttentionMask::Cached(CachedMask { dense: segments, .. }) => {
                 ops::mla_attention(q, kv, k_pe, self.spec(segments))
             }
             AttentionMask::Explicit(mask) => {
@@ -243,7 +232,7 @@ impl Mla {
         }
     }
 
-    /// Attention over cached latents, `[B * slots, R + rope]`.
+    /// Attention over cached latents, `[B * capacity, R + rope]`.
     fn attend_absorbed(&self, q: Tensor<3>, all: Tensor<2>, segments: &Arc<[Segment]>) -> Tensor<3> {
         ops::latent_attention(q, all, self.kv_b_proj.merged_weight(), self.spec(segments))
     }

@@ -111,10 +111,8 @@ impl Mistral4Model {
         let mask = match (cache, &inputs.explicit_mask, &inputs.layout) {
             (Some(cache), ..) => {
                 cache.begin(inputs, self.layers.len())?;
-                let Layout::Rows { batch, sequence } = inputs.layout else {
-                    unreachable!("begin() wants rows")
-                };
-                AttentionMask::Cached { segments: cache.segments(sequence), batch }
+                let Layout::Rows { sequence, .. } = inputs.layout else { unreachable!("begin() wants rows") };
+                AttentionMask::Cached(cache.mask(sequence))
             }
             (None, Some(mask), _) => AttentionMask::Explicit(Box::new(mask.clone())),
             (None, None, layout) => match (inputs.segments(), layout, &inputs.attention_mask) {
