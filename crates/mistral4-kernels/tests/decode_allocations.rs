@@ -1,37 +1,17 @@
 //! A decoded token takes no memory in a layer once the first ones have: counted by the allocator, so in a program of its
 //! own.
 #![allow(dead_code, reason = "the other tests use more of these modules")]
+#[path = "kernels/counting.rs"]
+mod counting;
 #[path = "kernels/decode_layer_maker.rs"]
 mod decode_layer_maker;
 #[path = "kernels/support.rs"]
 mod support;
 
+use counting::taken;
 use decode_layer_maker::{Maker, STORES, Sizes, attention};
 use mistral4_kernels::{DecodeToken, Rotary, bf16, decode_layer};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{Random, on_each_isa, poison};
-
-struct Counting;
-
-static TAKEN: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: passes everything on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        TAKEN.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: promised by the caller.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn decoding_takes_no_memory() {
@@ -47,7 +27,7 @@ fn decoding_takes_no_memory() {
         slots: 600,
     };
     let d = sizes.attention;
-    assert!(TAKEN.load(Ordering::Relaxed) > 0, "the allocator counts");
+    assert!(taken() > 0, "the allocator counts");
     on_each_isa(|isa| {
         for store in STORES {
             let mut maker = Maker { random: Random::new(5), store, made: 0 };
@@ -60,13 +40,13 @@ fn decoding_takes_no_memory() {
             let rotary = Rotary { cos: &cos, sin: &sin, query_scale: 1.0 };
             let (mut out, mut own) = (poison::<bf16>(sizes.hidden), poison::<bf16>(d.rank + d.rope));
             let mut decode = |tokens: usize| {
-                let before = TAKEN.load(Ordering::Relaxed);
+                let before = taken();
                 for token in 0..tokens {
                     let cached = &cached[..(sizes.slots - token) * (d.rank + d.rope)];
                     let token = DecodeToken { x: &x, rotary, cached, kv_b: &kv_b };
                     decode_layer(&layer, &token, &mut out, &mut own);
                 }
-                TAKEN.load(Ordering::Relaxed) - before
+                taken() - before
             };
             assert!((0..WINDOWS).any(|_| decode(TOKENS) == 0), "{isa:?} {store:?}");
         }

@@ -1,9 +1,10 @@
 //! A generated token takes no memory once the first ones have: counted by the allocator, so in a program of its own.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+#[path = "../../mistral4-kernels/tests/kernels/counting.rs"]
+mod counting;
 
 use burn::tensor::Device;
+use counting::taken;
 use mistral4::Mistral4;
 use mistral4::generate::{Generation, Request, SamplingOptions};
 use mistral4::model::moe::MoeOptions;
@@ -11,27 +12,6 @@ use mistral4::weights::{InitialSource, ParameterSource, QuantizedSource};
 use mistral4_checkpoint::config::{ConfigFile, ConfigOptions};
 use mistral4_checkpoint::weights::{Bits, DType, WeightFormat, WeightQuantization};
 use serde_json::json;
-
-struct Counting;
-
-static TAKEN: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: passes everything on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        TAKEN.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: promised by the caller.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn generating_takes_no_memory() {
@@ -64,9 +44,9 @@ fn generating_takes_no_memory() {
             };
             let mut generation = Generation::new(&model, vec![request]).unwrap();
             let mut taken_by = |tokens: usize| {
-                let before = TAKEN.load(Ordering::Relaxed);
+                let before = taken();
                 (0..tokens).for_each(|_| assert_eq!(generation.step().unwrap().len(), 1));
-                TAKEN.load(Ordering::Relaxed) - before
+                taken() - before
             };
             assert!(taken_by(2) > 0, "the prompt takes memory, and the allocator counts");
             assert!((0..WINDOWS).any(|_| taken_by(TOKENS) == 0), "{name} {sampling:?}");
