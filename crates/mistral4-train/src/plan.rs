@@ -7,6 +7,7 @@ use mistral4::weights::adapter_key;
 use mistral4_checkpoint::weights::names::{TensorKind, tensors};
 use mistral4_checkpoint::weights::{DType, WeightFormat};
 
+use crate::backward::Unit;
 use crate::error::{Error, Result};
 use crate::optim::ParameterState;
 use crate::parallel::MeshShape;
@@ -20,8 +21,8 @@ use crate::setup::{Base, frozen};
 pub struct RankMemory {
     /// Weights that the rank keeps.
     pub weights: u64,
-    /// Gradients in f32, of the trained parameters; whole ones of a sharded model, where they wait for the last pass of a
-    /// step.
+    /// Gradients of the trained parameters, in f32 where they are summed; whole ones of a sharded model, where they wait for
+    /// the last pass of a step.
     pub gradients: u64,
     /// The optimizer's two moments in f32, and the weights in f32 where they are kept in less.
     pub optimizer: u64,
@@ -185,17 +186,8 @@ struct StepMemory {
     whole_weights: bool,
     /// Gradients are summed, in f32; otherwise they are in the parameters' number format.
     summed_gradients: bool,
-    /// The gradients of a layer, of the head or of the front alone.
+    /// The gradients of one unit at a time.
     gradients_of_a_unit: bool,
-}
-
-/// The layer of a parameter, or what it is of beside the layers.
-fn unit(key: &str) -> &str {
-    match key.split_once("model.layers.").and_then(|(_, rest)| rest.split('.').next()) {
-        Some(layer) => layer,
-        None if key.ends_with("lm_head.weight") || key.ends_with("model.norm.weight") => "head",
-        None => "front",
-    }
 }
 
 fn rank_memory(
@@ -206,7 +198,7 @@ fn rank_memory(
 ) -> RankMemory {
     let mut memory = RankMemory::default();
     let mut all = 0;
-    let (mut gathered, mut gradients) = (HashMap::<&str, u64>::new(), HashMap::<&str, u64>::new());
+    let (mut gathered, mut gradients) = (HashMap::<Unit, u64>::new(), HashMap::<Unit, u64>::new());
     for Item { key, shape, width, quantized_bits, is_trained } in items {
         let Some(held) = division.held(key, shape, rank) else { continue };
         let kept = held.range.len() as u64;
@@ -216,22 +208,23 @@ fn rank_memory(
         memory.weights += bytes(kept);
         let is_spread = division.is_sharded && !is_kept_whole(key);
         let elements = held.part.elements() as u64;
+        let unit = Unit::of(key.strip_prefix("language_model.").unwrap_or(key), "");
         if *is_trained {
             let gradient_width = if step.summed_gradients { 4 } else { *width };
-            *gradients.entry(unit(key)).or_default() +=
+            *gradients.entry(unit).or_default() +=
                 gradient_width * if step.whole_gradients && is_spread { elements } else { kept };
             let of_value = ParameterState::expected_bytes(optimizer, key, shape, *width < 4);
             memory.optimizer += (kept as f64 * of_value) as u64;
         }
         if is_spread {
             all += bytes(elements);
-            *gathered.entry(unit(key)).or_default() += bytes(elements);
+            *gathered.entry(unit).or_default() += bytes(elements);
         }
     }
     let gradients = gradients.into_values();
     memory.gradients = if step.gradients_of_a_unit { gradients.max().unwrap_or(0) } else { gradients.sum() };
     // Layers are alike but for the first dense ones; the front and the head are gathered one at a time.
-    gathered.retain(|unit, _| !matches!(*unit, "head" | "front"));
+    gathered.retain(|unit, _| matches!(unit, Unit::Layer(_)));
     memory.gathered = if step.whole_weights { all } else { 2 * gathered.into_values().max().unwrap_or(0) };
     memory
 }
