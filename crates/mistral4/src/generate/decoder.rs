@@ -6,15 +6,13 @@ use burn::tensor::{DType, Tensor};
 use half::bf16;
 use mistral4_kernels::{DecodeNorm, DecodeToken, DecodeWeight, Rotary, decode_head, decode_layer};
 
+use super::MOST_FORESEEN;
 use crate::error::{Error, Result};
 use crate::model::Mistral4;
 use crate::model::cache::LatentCache;
 use crate::model::decode::DecodeWeights;
 use crate::model::rope::RotaryEmbedding;
 use crate::ops;
-
-/// Tokens that memory is taken for beforehand at most.
-const MOST_FORESEEN: usize = 4096;
 
 /// One row behind its prompt, on the CPU, through a model that is packed for inference ([`Mistral4::pack`]).
 ///
