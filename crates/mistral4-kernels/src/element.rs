@@ -15,7 +15,8 @@ pub trait Element:
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
 
-    /// Rounds up or down: up for a share of the values of `random` that is the distance from the number below.
+    /// Rounds the result of a computation up or down: up for a share of the values of `random` that is the distance from
+    /// the number below.
     fn from_f32_random(value: f32, random: u16) -> Self;
 }
 
@@ -57,10 +58,9 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn from_f32_random(value: f32, random: u16) -> Self {
-        let bits = value.to_bits();
-        let rounded = bits.wrapping_add(u32::from(random)) >> 16;
-        let quiet_nan = (bits >> 16) | 0x40;
-        bf16::from_bits(if value.is_nan() { quiet_nan } else { rounded } as u16)
+        // What a processor computes as NaN is one in its upper half as well.
+        let random = if value.is_nan() { 0 } else { u32::from(random) };
+        bf16::from_bits((value.to_bits().wrapping_add(random) >> 16) as u16)
     }
 }
 

@@ -194,12 +194,14 @@ fn step_chunk_body<P: Element, G: Element, S: Element, const FMA: bool>(
     let AdamWState { param, grad, exp_avg, exp_avg_sq } = state;
     for ((((p, g), m), v), i) in param.iter_mut().zip(grad).zip(exp_avg).zip(exp_avg_sq).zip(0u32..) {
         let (param, first, second) = c.apply::<FMA>(p.to_f32(), g.to_f32(), m.to_f32(), v.to_f32());
-        // One number is enough for both moments: each takes 16 of its bits.
+        // One number is enough: the moments take 16 of its bits each, and the sum of both halves without carries is
+        // independent of either.
         let random =
             if S::IS_BF16 || P::IS_BF16 { hash(c.seed.wrapping_add(start.wrapping_add(i))) } else { 0 };
-        *p = P::from_f32_random(param, if P::IS_BF16 { hash(random) as u16 } else { 0 });
-        *m = S::from_f32_random(first, random as u16);
-        *v = S::from_f32_random(second, (random >> 16) as u16);
+        let (low, high) = (random as u16, (random >> 16) as u16);
+        *p = P::from_f32_random(param, low ^ high);
+        *m = S::from_f32_random(first, low);
+        *v = S::from_f32_random(second, high);
     }
 }
 
