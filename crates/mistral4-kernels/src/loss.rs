@@ -9,8 +9,9 @@ use crate::vector::{LANES, exp, per_isa, sum_by};
 /// The label of tokens that carry no loss.
 pub const IGNORE_INDEX: i64 = -100;
 
-/// Logits kept at a time, in elements (32 MiB of `f32`).
-const LOGITS: usize = 1 << 23;
+/// Logits kept at a time, in elements (128 MiB of `f32`): every block of rows reads and packs the head, and adds to its
+/// gradient, once more.
+const LOGITS: usize = 1 << 25;
 
 /// Inputs of [`linear_cross_entropy`].
 #[derive(Clone, Copy, Debug)]
