@@ -46,7 +46,7 @@ pub use element::{Element, Index};
 pub use experts::{
     Activation, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, PackedExperts, gated, gated_backward,
     grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts,
-    moe_experts_backward, packed_experts,
+    moe_experts_backward, moe_experts_keeping, packed_experts,
 };
 pub use gemm::{
     GemmDims, LinearDims, Matrix, MatrixMut, PackedMatrix, gemm, linear, linear_backward_input,

@@ -50,6 +50,13 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
     }
 
+    /// Where `range`, which must lie in the slice, begins; it may hold what other tasks borrow.
+    pub(crate) fn ptr(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.ptr.add(range.start) }
+    }
+
     /// # Safety
     /// Nobody borrows the slice mutably while this borrow lives.
     pub(crate) unsafe fn read(&self) -> &'a [T] {

@@ -1,5 +1,5 @@
 //! What this machine can do at most, for comparison with what kernels reach.
-use crate::gemm::{Bf16Pair, MR, NR, Panel, TileOut};
+use crate::gemm::{Bf16Pair, MR, NR, Panel, Piece, TileOut};
 use crate::isa::Isa;
 use crate::scratch;
 use crate::vector::{per_isa, sum_by};
@@ -72,7 +72,7 @@ fn tile_rate<P: Panel>() -> f64 {
                 for _ in 0..64 {
                     let out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
                     // SAFETY: `sums` holds `MR` rows of `NR` floats.
-                    unsafe { P::tile(isa, MR, black_box(&left), black_box(&right), out, &[]) };
+                    unsafe { P::tile(isa, MR, black_box(&left), black_box(&right), out, Piece::NONE) };
                     black_box(&mut sums);
                 }
                 tiles += 64;

@@ -11,8 +11,8 @@ use mistral4_kernels::{
     BLOCK_8BIT, Bits, DynamicMap, Element, ExpertDims, ExpertGrads, Experts, LinearDims, Quantized8bit,
     QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims, adamw_step, adamw_step_8bit,
     adamw_step_master, attention, attention_backward, bf16, linear, linear_backward_input,
-    linear_backward_weight, moe_experts, moe_experts_backward, peak_bf16_gflops, peak_f32_gflops,
-    quantized_experts, quantized_linear, read_bandwidth, sum_of_squares,
+    linear_backward_weight, moe_experts, moe_experts_backward, moe_experts_keeping, peak_bf16_gflops,
+    peak_f32_gflops, quantized_experts, quantized_linear, read_bandwidth, sum_of_squares,
 };
 use std::time::Duration;
 
@@ -114,6 +114,14 @@ fn optimizer(c: &mut Criterion) {
             adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
         });
     });
+    group.throughput(Throughput::Bytes(14 * LEN as u64));
+    let rounded_grad = vec![bf16::from_f32(1e-3); LEN];
+    group.bench_function("all bf16", |b| {
+        b.iter(|| {
+            let (param, exp_avg, exp_avg_sq) = (&mut rounded[..], &mut m[..], &mut v[..]);
+            adamw_step(&hyper, 3, AdamWState { param, grad: &rounded_grad[..], exp_avg, exp_avg_sq });
+        });
+    });
     drop((m, v));
     let (mut m, mut v) = (vec![DynamicMap::Signed.zero(); LEN], vec![0u8; LEN]);
     let (mut m_absmax, mut v_absmax) = (vec![0.0f32; LEN / BLOCK_8BIT], vec![0.0f32; LEN / BLOCK_8BIT]);
@@ -163,7 +171,11 @@ fn experts(c: &mut Criterion) {
             if tokens > 1 {
                 let (mut dx, mut dweights) = (x.clone(), weights.clone());
                 let (mut dgate_up, mut ddown) = (gate_up.clone(), down.clone());
-                group.throughput(Throughput::Elements(2 * products * 8 / 3));
+                let mut kept = values::<bf16>(indices.len() * 2 * inter);
+                group.bench_function(BenchmarkId::new(format!("forward keeping/{size}"), tokens), |b| {
+                    b.iter(|| moe_experts_keeping(&input, &mut kept, &mut out));
+                });
+                group.throughput(Throughput::Elements(2 * products * 2));
                 group.bench_function(BenchmarkId::new(format!("backward/{size}"), tokens), |b| {
                     b.iter(|| {
                         let grads = ExpertGrads {
@@ -172,7 +184,7 @@ fn experts(c: &mut Criterion) {
                             gate_up: Some(&mut dgate_up[..]),
                             down: Some(&mut ddown[..]),
                         };
-                        moe_experts_backward(&input, &x, grads);
+                        moe_experts_backward(&input, &kept, &x, grads);
                     });
                 });
             }
@@ -277,17 +289,42 @@ fn kernels(c: &mut Criterion) {
         peak_f32_gflops(),
         read_bandwidth()
     );
-    gemm::<bf16>(c);
-    gemm::<f32>(c);
-    matvec::<bf16>(c);
-    matvec::<f32>(c);
-    experts(c);
-    quantized_linears(c);
-    packed::linears(c);
-    packed::experts(c);
-    packed::decoded_layers(c);
-    attentions(c);
-    optimizer(c);
+    for (name, section) in SECTIONS {
+        if is_asked_for(name) {
+            section(c);
+        }
+    }
+}
+
+type Section = fn(&mut Criterion);
+
+/// Sections by the first part of their benchmarks' names.
+const SECTIONS: [(&str, Section); 8] = [
+    ("gemm", |c| {
+        gemm::<bf16>(c);
+        gemm::<f32>(c);
+    }),
+    ("matvec", |c| {
+        matvec::<bf16>(c);
+        matvec::<f32>(c);
+    }),
+    ("experts", experts),
+    ("quantized", quantized_linears),
+    ("packed", |c| {
+        packed::linears(c);
+        packed::experts(c);
+    }),
+    ("decode", packed::decoded_layers),
+    ("attention", attentions),
+    ("optimizer", optimizer),
+];
+
+/// Whether a filter on the command line may mean something in a section: making its operands takes long.
+fn is_asked_for(name: &str) -> bool {
+    let elsewhere = |filter: &String| {
+        SECTIONS.iter().any(|(other, _)| *other != name && filter.starts_with(&format!("{other}/")))
+    };
+    !std::env::args().skip(1).any(|argument| elsewhere(&argument))
 }
 
 criterion_group! {

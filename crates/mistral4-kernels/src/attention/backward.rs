@@ -3,7 +3,7 @@ use super::Attention;
 use super::blocks::{self, KEYS, Lanes, key_blocks, lanes_panel, multiply, scores_panel};
 use super::forward::probabilities;
 use crate::element::Element;
-use crate::gemm::{Bf16Pair, NR, Panel, TileOut, pack_rows, pairs, tiles};
+use crate::gemm::{Bf16Pair, NR, Panel, Piece, TileOut, pack_rows, pairs, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -250,7 +250,9 @@ fn add_lanes_product<P: Panel>(isa: Isa, scores: &[f32], panels: &[P], out: &mut
         for (i, panel) in panels.chunks_exact(panel_len).enumerate() {
             let ptr = out[tile.start * stride + i * NR..].as_mut_ptr();
             // SAFETY: `out` holds `keys` rows of `stride` floats, and the panel is inside a row.
-            unsafe { P::tile(isa, tile.len(), left, panel, TileOut { ptr, stride, accumulate: true }, &[]) };
+            unsafe {
+                P::tile(isa, tile.len(), left, panel, TileOut { ptr, stride, accumulate: true }, Piece::NONE)
+            };
         }
     }
 }

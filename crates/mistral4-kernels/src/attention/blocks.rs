@@ -1,7 +1,7 @@
 //! Lanes of queries and packed blocks of keys and values.
 use super::{Attention, Segment};
 use crate::element::Element;
-use crate::gemm::{MR, NR, Panel, TileOut, pack_lanes, pack_rows, tiles};
+use crate::gemm::{MR, NR, Panel, Piece, TileOut, pack_lanes, pack_rows, tiles};
 use crate::isa::Isa;
 use crate::scratch::{self, Scratch};
 use std::ops::Range;
@@ -98,7 +98,7 @@ pub(super) fn multiply<P: Panel>(
         let left = &left[tile.start * steps..tile.end * steps];
         let out = TileOut { ptr: out[tile.start * NR..].as_mut_ptr(), stride: NR, accumulate };
         // SAFETY: `out` holds `rows` rows of `NR` floats.
-        unsafe { P::tile(isa, tile.len(), left, right, out, &[]) };
+        unsafe { P::tile(isa, tile.len(), left, right, out, Piece::NONE) };
     }
 }
 

@@ -2,7 +2,7 @@
 use super::blocks::Lanes;
 use super::{Attention, Segment};
 use crate::element::Element;
-use crate::gemm::{NR, Panel, Upcoming, multiply_rows, pack_lanes, pack_rows, tiles};
+use crate::gemm::{Left, NR, Panel, Stretch, multiply_rows, pack_lanes, pack_rows, tiles};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
@@ -96,7 +96,8 @@ fn split<P: Panel, T: Element>(
             pack_lanes(isa, depth.len(), [lanes, NR], lane, out);
         }
     };
-    multiply_rows(isa, &queries, 0..rows, head_dim, pack_keys, &mut Upcoming::none(), &mut scores);
+    let queries = Left::new(&queries, 0..rows, head_dim);
+    multiply_rows(isa, &queries, pack_keys, |_| [Stretch::NONE; 2], [Stretch::NONE; 2], &mut scores);
 
     let mut partial = Partial {
         max: [f32::NEG_INFINITY; NR],
@@ -125,7 +126,8 @@ fn split<P: Panel, T: Element>(
         let row = |k: usize| input.v_row(first + depth.start + k, kv_head);
         pack_rows(isa, depth.len(), [value_dim, width], row, out);
     };
-    multiply_rows(isa, &left, 0..rows, count, pack_values, &mut Upcoming::none(), &mut partial.out);
+    let left = Left::new(&left, 0..rows, count);
+    multiply_rows(isa, &left, pack_values, |_| [Stretch::NONE; 2], [Stretch::NONE; 2], &mut partial.out);
     partial
 }
 

@@ -1,10 +1,10 @@
-//! Backward pass of the routed experts; the inner activations are computed again, not kept.
+//! Backward pass of the routed experts.
 use super::forward::{activate, gelu_tanh_argument, scatter};
 use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
 use crate::gemm::{
-    Bf16Pair, MR, NR, Panel, Target, TileOut, pack_lanes, pack_rows, pairs, panels, task_columns,
+    Bf16Pair, MR, NR, Panel, Piece, Stretch, Target, TileOut, pack_rows, pairs, panels, task_columns,
     task_target, tiles, write_rows,
 };
 use crate::isa::Isa;
@@ -15,11 +15,6 @@ use std::ops::Range;
 
 /// Panels of one task where weights are read along their rows: long pieces, so that memory delivers fast.
 const WIDE: usize = 16;
-
-/// Where wide pieces of rows are packed, packing itself fetches ahead.
-fn nothing<'a, T>() -> &'a [T] {
-    &[]
-}
 
 /// Where [`moe_experts_backward`] writes gradients; those that are `None` are not computed.
 #[derive(Debug)]
@@ -38,13 +33,16 @@ pub struct ExpertGrads<'a, X, W> {
 ///
 /// Experts without tokens get zero gradients.
 ///
+/// `gate_up` is what [`moe_experts_keeping`](super::moe_experts_keeping) kept.
+///
 /// # Shapes
-/// See [`Experts`] and [`ExpertGrads`]; `dout`: `[T, D]`.
+/// See [`Experts`] and [`ExpertGrads`]; `gate_up`: `[T * K, 2F]`; `dout`: `[T, D]`.
 ///
 /// # Panics
 /// When a slice has the wrong length or an index is not in `0..E`.
 pub fn moe_experts_backward<X: Element, W: Element, I: Index>(
     experts: &Experts<'_, X, W, I>,
+    gate_up: &[X],
     dout: &[X],
     grads: ExpertGrads<'_, X, W>,
 ) {
@@ -57,43 +55,40 @@ pub fn moe_experts_backward<X: Element, W: Element, I: Index>(
     check(grads.weights.as_ref().map(|g| g.len()), experts.weights.len(), "weights");
     check(grads.gate_up.as_ref().map(|g| g.len()), experts.gate_up.len(), "gate_up");
     check(grads.down.as_ref().map(|g| g.len()), experts.down.len(), "down");
+    assert_eq!(gate_up.len(), experts.indices.len() * 2 * experts.dims.inter, "gate_up is [T * K, 2F]");
     let isa = Isa::active();
     if pairs::<X, W>(isa) {
-        backward::<Bf16Pair, X, W, I>(isa, experts, dout, grads);
+        backward::<Bf16Pair, X, W, I>(isa, experts, gate_up, dout, grads);
     } else {
-        backward::<f32, X, W, I>(isa, experts, dout, grads);
+        backward::<f32, X, W, I>(isa, experts, gate_up, dout, grads);
     }
 }
 
 fn backward<P: Panel, X: Element, W: Element, I: Index>(
     isa: Isa,
     experts: &Experts<'_, X, W, I>,
+    gate_up: &[X],
     dout: &[X],
     grads: ExpertGrads<'_, X, W>,
 ) {
-    let ExpertDims { top_k, experts: count, hidden, inter, .. } = experts.dims;
-    let groups = Groups::new(experts.indices, top_k, count);
+    let ExpertDims { hidden, inter, .. } = experts.dims;
+    let groups = experts.groups();
     let dout_row = |token: usize| &dout[token * hidden..][..hidden];
 
     // `[rows, 2F]` gate and up, which become their gradients; `[rows, F]` gradient of the weighted inner
     // activation, which becomes that activation.
-    let mut gate_up = {
-        let x = groups.pack_left::<P, X>(isa, hidden, |row| experts.x_row(groups.token(row)));
-        let source = |expert: usize, cols: Range<usize>| experts.gate_up_rows(expert, cols);
-        let pack = |expert: usize, cols: Range<usize>, depth: Range<usize>, right: &mut [P]| {
-            let lane = |i: usize| &experts.gate_up_row(expert, cols.start + i)[depth.start..];
-            pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
-        };
-        rows_product(isa, &groups, &x, [hidden, 2 * inter, NR], source, pack)
-    };
+    let mut gate_up = SortedRows::widened(isa, gate_up, 2 * inter);
     let mut inner = {
         let dout = groups.pack_left::<P, X>(isa, hidden, |row| dout_row(groups.token(row)));
         let pack = |expert: usize, cols: Range<usize>, depth: Range<usize>, right: &mut [P]| {
             let row = |k: usize| &experts.down_row(expert, depth.start + k)[cols.start..];
             pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
         };
-        let shape = [hidden, inter, task_columns(inter, WIDE)];
-        rows_product(isa, &groups, &dout, shape, |_, _| nothing::<W>(), pack)
+        let memory = |expert: usize, cols: Range<usize>, depth: Range<usize>| {
+            let first = &experts.down_row(expert, depth.start)[cols.start..];
+            [Stretch::rows(first, [depth.len(), cols.len(), inter]), Stretch::NONE]
+        };
+        rows_product(isa, &groups, &dout, [hidden, inter], memory, pack)
     };
     differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
 
@@ -110,14 +105,11 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
                     pack_rows(isa, depth.len(), [cols.len(), cols.len().next_multiple_of(NR)], row, right);
                 };
                 let shape = [2 * inter, cols.len()];
-                groups.multiply(
-                    isa,
-                    &left,
-                    shape,
-                    |_| [nothing::<W>(); 2],
-                    pack,
-                    |rows, sums| add(rows, sums),
-                );
+                let memory = |expert: usize, depth: Range<usize>| {
+                    let first = &experts.gate_up_row(expert, depth.start)[cols.start..];
+                    [Stretch::rows(first, [depth.len(), cols.len(), hidden]), Stretch::NONE]
+                };
+                groups.multiply(isa, &left, shape, memory, pack, |rows, sums| add(rows, sums));
             },
             |_| 1.0,
         );
@@ -148,30 +140,55 @@ impl SortedRows {
         Self { data: scratch::take(rows * stride), columns, stride }
     }
 
+    /// The rows of `[rows, columns]` values.
+    fn widened<X: Element>(isa: Isa, values: &[X], columns: usize) -> Self {
+        let mut out = Self::new(values.len().checked_div(columns).unwrap_or(0), columns);
+        let (stride, shared) = (out.stride, Shared::new(&mut out.data));
+        parallel::for_each_chunk(values.len() / columns.max(1), 16, |rows| {
+            for row in rows {
+                // SAFETY: each task owns its rows.
+                let to = unsafe { shared.slice(row * stride..row * stride + columns) };
+                widen(isa, &values[row * columns..][..columns], to);
+            }
+        });
+        out
+    }
+
     fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.stride..][..self.columns]
     }
 }
 
-/// Product of packed sorted rows with a matrix of each expert, `width` columns a task.
-///
-/// `source(expert, columns)` is the memory to fetch ahead.
-fn rows_product<'a, P: Panel, W: Element>(
+per_isa! {
+    /// `to = from`.
+    fn widen<X: Element>(from: &[X], to: &mut [f32]) = widen_body;
+}
+
+#[inline(always)]
+fn widen_body<X: Element, const FMA: bool>(from: &[X], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = from.to_f32();
+    }
+}
+
+/// Product of packed sorted rows with a matrix of each expert, wide pieces of whose rows are packed at once; `memory` and
+/// `pack_right` as for [`Groups::multiply`], with the columns of a task.
+fn rows_product<P: Panel>(
     isa: Isa,
     groups: &Groups,
     left: &[P],
-    [depth, columns, width]: [usize; 3],
-    source: impl Fn(usize, Range<usize>) -> &'a [W] + Sync + Send,
+    [depth, columns]: [usize; 2],
+    memory: impl Fn(usize, Range<usize>, Range<usize>) -> [Stretch; 2] + Sync + Send,
     pack_right: impl Fn(usize, Range<usize>, Range<usize>, &mut [P]) + Sync + Send,
 ) -> SortedRows {
     let mut out = SortedRows::new(groups.rows(), columns);
     let (stride, shared) = (out.stride, Shared::new(&mut out.data));
-    parallel::for_each_chunk(columns, width, |cols| {
+    parallel::for_each_chunk(columns, task_columns(columns, WIDE), |cols| {
         let pack = |expert: usize, depth: Range<usize>, right: &mut [P]| {
             pack_right(expert, cols.clone(), depth, right);
         };
-        let source = |expert: usize| [source(expert, cols.clone()), nothing()];
-        groups.multiply(isa, left, [depth, cols.len()], source, pack, |rows, sums| {
+        let memory = |expert: usize, depth: Range<usize>| memory(expert, cols.clone(), depth);
+        groups.multiply(isa, left, [depth, cols.len()], memory, pack, |rows, sums| {
             for (cols, sums) in panels(cols.clone(), sums, rows.len()) {
                 let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
                 // SAFETY: each task owns its columns.
@@ -229,7 +246,7 @@ fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
                     let left = &packed[tile.start * steps..tile.end * steps];
                     let tile_out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
                     // SAFETY: `sums` holds the tile's rows of `NR` floats.
-                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out, &[]) };
+                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out, Piece::NONE) };
                     let first = first + tile.start * n + start;
                     let target = Target { first, stride: n, columns: NR.min(n - start) };
                     // SAFETY: each task owns its rows of one expert.

@@ -4,7 +4,7 @@ use super::groups::Groups;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
 use crate::gemm::{
-    Bf16Pair, HALF, NR, Panel, Target, few_rows, pack_lanes, pairs, panels, tiles, write_rows,
+    Bf16Pair, HALF, NR, Panel, Stretch, Target, few_rows, pack_lanes, pairs, panels, tiles, write_rows,
 };
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
@@ -25,14 +25,49 @@ pub fn moe_experts<X: Element, W: Element, I: Index>(experts: &Experts<'_, X, W,
     experts.check();
     assert_eq!(out.len(), experts.x.len(), "out is [T, D]");
     let isa = Isa::active();
-    let groups = Groups::new(experts.indices, experts.dims.top_k, experts.dims.experts);
-    let Experts { dims, activation, x, weights, .. } = *experts;
-    let tokens = Tokens { dims, activation, x, weights };
+    let groups = experts.groups();
     match (groups.most_rows() <= few_rows::<X, W>(isa), pairs::<X, W>(isa)) {
         (true, true) => forward_few::<bf16, X, W, I>(isa, experts, &groups, out),
         (true, false) => forward_few::<f32, X, W, I>(isa, experts, &groups, out),
-        (false, true) => forward::<Bf16Pair, X>(isa, tokens, experts, &groups, out),
-        (false, false) => forward::<f32, X>(isa, tokens, experts, &groups, out),
+        (false, true) => forward::<Bf16Pair, X>(isa, experts.tokens(), experts, &groups, None, out),
+        (false, false) => forward::<f32, X>(isa, experts.tokens(), experts, &groups, None, out),
+    }
+}
+
+/// As [`moe_experts`]; also keeps gates and ups for [`moe_experts_backward`](super::moe_experts_backward).
+///
+/// # Shapes
+/// See [`moe_experts`]; `gate_up`: `[T * K, 2F]`, token slots sorted by expert.
+///
+/// # Panics
+/// As [`moe_experts`].
+pub fn moe_experts_keeping<X: Element, W: Element, I: Index>(
+    experts: &Experts<'_, X, W, I>,
+    gate_up: &mut [X],
+    out: &mut [X],
+) {
+    experts.check();
+    assert_eq!(out.len(), experts.x.len(), "out is [T, D]");
+    assert_eq!(gate_up.len(), experts.indices.len() * 2 * experts.dims.inter, "gate_up is [T * K, 2F]");
+    let (isa, groups, gate_up) = (Isa::active(), experts.groups(), Some(Shared::new(gate_up)));
+    if pairs::<X, W>(isa) {
+        forward::<Bf16Pair, X>(isa, experts.tokens(), experts, &groups, gate_up, out);
+    } else {
+        forward::<f32, X>(isa, experts.tokens(), experts, &groups, gate_up, out);
+    }
+}
+
+/// The gates and ups that [`moe_experts_keeping`] keeps, alone.
+pub(crate) fn gates_and_ups<X: Element, W: Element, I: Index>(
+    experts: &Experts<'_, X, W, I>,
+    gate_up: &mut [X],
+) {
+    let (isa, groups, tokens) = (Isa::active(), experts.groups(), experts.tokens());
+    let gate_up = Some(Shared::new(gate_up));
+    if pairs::<X, W>(isa) {
+        gated::<Bf16Pair, X>(isa, tokens, experts, &groups, gate_up);
+    } else {
+        gated::<f32, X>(isa, tokens, experts, &groups, gate_up);
     }
 }
 
@@ -79,9 +114,13 @@ impl<P: Panel, X: Element, W: Element, I: Index> RightOperands<P> for Experts<'_
             };
             pack_lanes(isa, depth.len(), [NR, NR], lane, right);
         };
-        let source =
-            |expert: usize| [0, inter].map(|up| self.gate_up_rows(expert, up + cols.start..up + cols.end));
-        groups.multiply(isa, left, [hidden, NR], source, pack, finish);
+        let memory = |expert: usize, depth: Range<usize>| {
+            [0, inter].map(|up| {
+                let first = &self.gate_up_row(expert, up + cols.start)[depth.start..];
+                Stretch::rows(first, [cols.len(), depth.len(), hidden])
+            })
+        };
+        groups.multiply(isa, left, [hidden, NR], memory, pack, finish);
     }
 
     fn down(
@@ -96,8 +135,12 @@ impl<P: Panel, X: Element, W: Element, I: Index> RightOperands<P> for Experts<'_
             let lane = |i: usize| &self.down_row(expert, cols.start + i)[depth.start..];
             pack_lanes(isa, depth.len(), [cols.len(), NR], lane, right);
         };
-        let source = |expert: usize| [self.down_rows(expert, cols.clone()), &[]];
-        groups.multiply(isa, left, [self.dims.inter, cols.len()], source, pack, finish);
+        let inter = self.dims.inter;
+        let memory = |expert: usize, depth: Range<usize>| {
+            let first = &self.down_row(expert, cols.start)[depth.start..];
+            [Stretch::rows(first, [cols.len(), depth.len(), inter]), Stretch::NONE]
+        };
+        groups.multiply(isa, left, [inter, cols.len()], memory, pack, finish);
     }
 }
 
@@ -117,37 +160,41 @@ pub(super) fn forward<P: Panel, X: Element>(
     tokens: Tokens<'_, X>,
     experts: &impl RightOperands<P>,
     groups: &Groups,
+    kept: Option<Shared<'_, X>>,
     out: &mut [X],
 ) {
-    let ExpertDims { hidden, .. } = tokens.dims;
-    let row = |row: usize| &tokens.x[groups.token(row) * hidden..][..hidden];
-    let x = groups.pack_left::<P, X>(isa, hidden, row);
-    let inner = gated(isa, tokens.dims.inter, tokens.activation, experts, groups, &x);
+    let inner = gated(isa, tokens, experts, groups, kept);
     scatter(
         isa,
         groups,
         out,
-        [hidden, NR],
+        [tokens.dims.hidden, NR],
         |cols, add| experts.down(isa, groups, &inner, cols, &mut |rows, sums| add(rows, sums)),
         |row| tokens.weights[groups.slot(row)],
     );
 }
 
-/// `act(gate x) * (up x)` of every sorted row, packed as left tiles over F.
-fn gated<P: Panel>(
+/// `act(gate x) * (up x)` of every sorted row, packed as left tiles over F; `kept` gets `gate x` and `up x`, `[rows, 2F]`.
+fn gated<P: Panel, X: Element>(
     isa: Isa,
-    inter: usize,
-    activation: Activation,
+    tokens: Tokens<'_, X>,
     experts: &impl RightOperands<P>,
     groups: &Groups,
-    x: &[P],
+    kept: Option<Shared<'_, X>>,
 ) -> Scratch<P> {
+    let ExpertDims { hidden, inter, .. } = tokens.dims;
+    let row = |row: usize| &tokens.x[groups.token(row) * hidden..][..hidden];
+    let x = groups.pack_left::<P, X>(isa, hidden, row);
     let steps = inter.div_ceil(P::STEP);
     let mut inner = scratch::take::<P>(groups.rows() * steps);
     let shared = Shared::new(&mut inner);
     parallel::for_each_chunk(inter, HALF, |cols| {
-        experts.gate_up(isa, groups, x, cols.clone(), &mut |rows, sums| {
-            gate(isa, activation, sums);
+        experts.gate_up(isa, groups, &x, cols.clone(), &mut |rows, sums| {
+            if let Some(kept) = kept {
+                // SAFETY: each task owns its columns.
+                unsafe { keep(isa, sums, kept, [rows.start, cols.start, cols.len()], inter) };
+            }
+            gate(isa, tokens.activation, sums);
             for tile in tiles(rows.clone()) {
                 let height = tile.len();
                 let first = tile.start * steps + cols.start / P::STEP * height;
@@ -159,6 +206,38 @@ fn gated<P: Panel>(
         });
     });
     inner
+}
+
+/// Writes both halves of each row of sums, some columns of gate and of up, to rows `[gate, up]` of `2 * inter` elements.
+///
+/// # Safety
+/// No other task borrows these columns.
+unsafe fn keep<X: Element>(
+    isa: Isa,
+    sums: &[f32],
+    kept: Shared<'_, X>,
+    [first_row, first_column, columns]: [usize; 3],
+    inter: usize,
+) {
+    for (row, sums) in sums.as_chunks::<NR>().0.iter().enumerate() {
+        let start = (first_row + row) * 2 * inter + first_column;
+        for (start, sums) in [(start, &sums[..HALF]), (start + inter, &sums[HALF..])] {
+            // SAFETY: promised by the caller.
+            round(isa, &sums[..columns], unsafe { kept.slice(start..start + columns) });
+        }
+    }
+}
+
+per_isa! {
+    /// `to = from`.
+    fn round<X: Element>(from: &[f32], to: &mut [X]) = round_body;
+}
+
+#[inline(always)]
+fn round_body<X: Element, const FMA: bool>(from: &[f32], to: &mut [X]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = X::from_f32(*from);
+    }
 }
 
 /// Adds row blocks into `out` (`[T, columns]`), with a weight for each sorted row, `width` columns a task.

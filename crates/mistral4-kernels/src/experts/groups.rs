@@ -1,8 +1,8 @@
 //! Tokens sorted by expert, and products of the groups.
 use crate::element::{Element, Index};
-use crate::gemm::{NR, Panel, Upcoming, multiply_rows, pack_left, tiles};
+use crate::gemm::{Left, NR, Panel, Stretch, multiply_rows, pack_left, tiles, unit_depth};
 use crate::isa::Isa;
-use crate::scratch::{self, Plain, Scratch};
+use crate::scratch::{self, Scratch};
 use std::ops::Range;
 
 /// Token slots (`token * K + k`) sorted by expert; slots of one expert stay in token order.
@@ -72,45 +72,46 @@ impl Groups {
         pack_left(isa, &self.tiles, depth, row)
     }
 
-    /// Multiplies the left tiles of every used expert with a right panel of that expert.
+    /// Multiplies the left tiles of every used expert with right panels of that expert.
     ///
-    /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis; see
-    /// [`Groups::multiply_with`] for the rest.
-    pub(crate) fn multiply<'a, P: Panel, W: Element>(
+    /// `pack_right(expert, depth, out)` packs `columns` columns of part of the summed axis, for which it reads
+    /// `memory(expert, depth)`; see [`Groups::multiply_with`] for the rest.
+    pub(crate) fn multiply<P: Panel>(
         &self,
         isa: Isa,
         left: &[P],
         [depth, columns]: [usize; 2],
-        source: impl Fn(usize) -> [&'a [W]; 2],
+        memory: impl Fn(usize, Range<usize>) -> [Stretch; 2],
         pack_right: impl Fn(usize, Range<usize>, &mut [P]),
         finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
-        let product = |expert: usize, rows: Range<usize>, next: &mut Upcoming<'_>, sums: &mut [f32]| {
+        let first = 0..depth.min(unit_depth::<P>(columns.div_ceil(NR)));
+        let product = |expert: usize, rows: Range<usize>, next: Option<usize>, sums: &mut [f32]| {
             let pack = |depth: Range<usize>, out: &mut [P]| pack_right(expert, depth, out);
-            multiply_rows(isa, left, rows, depth, pack, next, sums);
+            let next =
+                next.filter(|_| depth > 0).map_or([Stretch::NONE; 2], |expert| memory(expert, first.clone()));
+            let left = Left::new(left, rows, depth);
+            multiply_rows(isa, &left, pack, |depth| memory(expert, depth), next, sums);
         };
-        self.multiply_with(columns, source, product, finish);
+        self.multiply_with(columns, product, finish);
     }
 
     /// Multiplies the rows of every used expert with `columns` columns of that expert.
     ///
-    /// `product(expert, rows, next, sums)` does so for one expert, fetching `next`; `finish(rows, sums)` receives the `[panels, rows, NR]` sums, in the order of experts and rows. `source(expert)`
-    /// is the memory that `product` reads for an expert; it is fetched while the expert before it is multiplied.
-    pub(crate) fn multiply_with<'a, W: Plain + 'a>(
+    /// `product(expert, rows, next, sums)` does so for one expert, before the expert `next`; `finish(rows, sums)`
+    /// receives the `[panels, rows, NR]` sums, in the order of experts and rows.
+    pub(crate) fn multiply_with(
         &self,
         columns: usize,
-        source: impl Fn(usize) -> [&'a [W]; 2],
-        product: impl Fn(usize, Range<usize>, &mut Upcoming<'_>, &mut [f32]),
+        product: impl Fn(usize, Range<usize>, Option<usize>, &mut [f32]),
         mut finish: impl FnMut(Range<usize>, &mut [f32]),
     ) {
         let panels = columns.div_ceil(NR);
         let mut sums = scratch::take::<f32>(self.most_rows() * panels * NR);
         for (index, (expert, rows)) in self.used.iter().enumerate() {
             let sums = &mut sums[..rows.len() * panels * NR];
-            let next = self.used.get(index + 1).map_or([&[][..]; 2], |(expert, _)| source(*expert));
-            // Depth is cut into few blocks; with one block the pieces come out right, with more they come sooner.
-            let mut next = Upcoming::new(next, tiles(rows.clone()).count() * panels);
-            product(*expert, rows.clone(), &mut next, sums);
+            let next = self.used.get(index + 1).map(|(expert, _)| *expert);
+            product(*expert, rows.clone(), next, sums);
             finish(rows.clone(), sums);
         }
     }

@@ -12,8 +12,8 @@ mod groups;
 mod packed;
 
 pub use backward::{ExpertGrads, moe_experts_backward};
-pub use forward::moe_experts;
-pub(crate) use forward::{add_scaled, gate_slices};
+pub(crate) use forward::{add_scaled, gate_slices, gates_and_ups};
+pub use forward::{moe_experts, moe_experts_keeping};
 pub use gated::{gated, gated_backward};
 pub use grouped::{
     GroupedLinearDims, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
@@ -22,7 +22,7 @@ pub(crate) use groups::Groups;
 pub use packed::{PackedExperts, packed_experts};
 
 use crate::element::{Element, Index};
-use std::ops::Range;
+use forward::Tokens;
 
 /// Sizes of a mixture of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +81,14 @@ impl<X: Element, W: Element, I: Index> Experts<'_, X, W, I> {
         assert_eq!(self.down.len(), experts * hidden * inter, "down is [E, D, F]");
     }
 
+    fn groups(&self) -> Groups {
+        Groups::new(self.indices, self.dims.top_k, self.dims.experts)
+    }
+
+    fn tokens(&self) -> Tokens<'_, X> {
+        Tokens { dims: self.dims, activation: self.activation, x: self.x, weights: self.weights }
+    }
+
     fn x_row(&self, token: usize) -> &[X] {
         &self.x[token * self.dims.hidden..][..self.dims.hidden]
     }
@@ -89,18 +97,6 @@ impl<X: Element, W: Element, I: Index> Experts<'_, X, W, I> {
     fn gate_up_row(&self, expert: usize, i: usize) -> &[W] {
         let ExpertDims { hidden, inter, .. } = self.dims;
         &self.gate_up[(expert * 2 * inter + i) * hidden..][..hidden]
-    }
-
-    /// Rows of the `[2F, D]` matrix of an expert.
-    fn gate_up_rows(&self, expert: usize, rows: Range<usize>) -> &[W] {
-        let ExpertDims { hidden, inter, .. } = self.dims;
-        &self.gate_up[(expert * 2 * inter + rows.start) * hidden..][..rows.len() * hidden]
-    }
-
-    /// Rows of the `[D, F]` matrix of an expert.
-    fn down_rows(&self, expert: usize, rows: Range<usize>) -> &[W] {
-        let ExpertDims { hidden, inter, .. } = self.dims;
-        &self.down[(expert * hidden + rows.start) * inter..][..rows.len() * inter]
     }
 
     /// Row `i` of the `[D, F]` matrix of an expert.

@@ -3,7 +3,9 @@ use super::forward::{RightOperands, Tokens, forward};
 use super::groups::Groups;
 use super::{Activation, ExpertDims};
 use crate::element::{Element, Index};
-use crate::gemm::{Bf16Pair, HALF, NR, PackedMatrix, Panel, Upcoming, multiplies_pairs, multiply_packed};
+use crate::gemm::{
+    Bf16Pair, HALF, NR, PackedMatrix, Panel, Stretch, Upcoming, multiplies_pairs, multiply_packed, tiles,
+};
 use crate::isa::Isa;
 use crate::quantized::StackDims;
 use std::ops::Range;
@@ -52,9 +54,9 @@ pub fn packed_experts<X: Element, I: Index>(experts: &PackedExperts<'_, X, I>, o
     let tokens = Tokens { dims, activation, x, weights };
     let (isa, weights) = (Isa::active(), Weights { gate_up, down });
     if multiplies_pairs(isa, groups.most_rows()) {
-        forward::<Bf16Pair, X>(isa, tokens, &weights, &groups, out);
+        forward::<Bf16Pair, X>(isa, tokens, &weights, &groups, None, out);
     } else {
-        forward::<f32, X>(isa, tokens, &weights, &groups, out);
+        forward::<f32, X>(isa, tokens, &weights, &groups, None, out);
     }
 }
 
@@ -99,9 +101,11 @@ fn multiply<P: Panel>(
 ) {
     let depth = weight.dims().columns;
     let right = |expert: usize| weight.panels(expert, panels.clone());
-    let product = |expert: usize, rows: Range<usize>, next: &mut Upcoming<'_>, sums: &mut [f32]| {
+    let product = |expert: usize, rows: Range<usize>, next: Option<usize>, sums: &mut [f32]| {
+        let next = next.map_or(Stretch::NONE, |expert| Stretch::all(right(expert)));
+        let mut next = Upcoming::new([next, Stretch::NONE], panels.len() * tiles(rows.clone()).count());
         let right = right(expert).chunks_exact(weight.panel_len().max(1));
-        multiply_packed(isa, left, rows, depth, right, next, sums);
+        multiply_packed(isa, left, rows, depth, right, &mut next, sums);
     };
-    groups.multiply_with(panels.len() * NR, |expert| [right(expert), &[]], product, finish);
+    groups.multiply_with(panels.len() * NR, product, finish);
 }

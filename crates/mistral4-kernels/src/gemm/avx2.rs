@@ -1,6 +1,6 @@
 //! Register tiles of up to 6 x 16 or 3 x 32 sums for AVX2 with fused multiply-add.
 use super::panel::{Bf16Pair, MR, NR, TileOut};
-use super::upcoming::{Fetch, LINE};
+use super::upcoming::{Fetch, LINE, Piece};
 use std::arch::x86_64::*;
 
 /// Floats in a register.
@@ -105,7 +105,7 @@ pub(super) unsafe fn tile_f32(
     a: *const f32,
     b: *const f32,
     out: TileOut,
-    next: &[u8],
+    next: Piece,
 ) {
     // SAFETY: the parts lie inside what the caller promised.
     unsafe { by_parts!(rows, f32_rows(steps, a, b, out, next)) }
@@ -189,7 +189,7 @@ pub(super) unsafe fn tile_bf16(
     a: *const Bf16Pair,
     b: *const Bf16Pair,
     out: TileOut,
-    next: &[u8],
+    next: Piece,
 ) {
     // SAFETY: the parts lie inside what the caller promised.
     unsafe { by_parts!(rows, bf16_rows(steps, a, b, out, next)) }

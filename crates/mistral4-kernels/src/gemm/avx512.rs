@@ -1,6 +1,7 @@
 //! Register tiles of up to 12 x 32 sums for AVX-512.
 use super::panel::{Bf16Pair, NR, TileOut};
-use super::upcoming::{Fetch, LINE};
+use super::upcoming::{Fetch, LINE, Piece};
+use half::bf16;
 use std::arch::x86_64::*;
 
 /// Calls `$kernel::<rows>` for `rows` in `1..=MR`.
@@ -41,7 +42,7 @@ unsafe fn store<const R: usize>(sums: [[__m512; 2]; R], out: TileOut) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn f32_rows<const R: usize>(steps: usize, a: *const f32, b: *const f32, out: TileOut, next: &[u8]) {
+unsafe fn f32_rows<const R: usize>(steps: usize, a: *const f32, b: *const f32, out: TileOut, next: Piece) {
     let mut next = Fetch::new(next, steps);
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for step in 0..steps {
@@ -70,7 +71,7 @@ pub(super) unsafe fn tile_f32(
     a: *const f32,
     b: *const f32,
     out: TileOut,
-    next: &[u8],
+    next: Piece,
 ) {
     // SAFETY: promised by the caller.
     unsafe { by_rows!(rows, f32_rows(steps, a, b, out, next)) }
@@ -87,7 +88,7 @@ unsafe fn bf16_rows<const R: usize>(
     a: *const Bf16Pair,
     b: *const Bf16Pair,
     out: TileOut,
-    next: &[u8],
+    next: Piece,
 ) {
     // SAFETY: both types are 64 plain bytes.
     let pairs = |x: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
@@ -125,8 +126,24 @@ pub(super) unsafe fn tile_bf16(
     a: *const Bf16Pair,
     b: *const Bf16Pair,
     out: TileOut,
-    next: &[u8],
+    next: Piece,
 ) {
     // SAFETY: promised by the caller.
     unsafe { by_rows!(rows, bf16_rows(steps, a, b, out, next)) }
+}
+
+/// Rounds rows of [`NR`] sums to rows that lie `stride` elements apart. Numbers below 2^-126 become zero.
+///
+/// # Safety
+/// `out` addresses as many rows of `NR` writable elements, and the processor has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn round_rows(sums: &[f32], out: *mut bf16, stride: usize) {
+    for (row, sums) in sums.as_chunks::<NR>().0.iter().enumerate() {
+        // SAFETY: a row of sums is two registers; the rest is promised by the caller.
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(sums.as_ptr()), _mm512_loadu_ps(sums[16..].as_ptr()));
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(out.add(row * stride).cast(), rounded);
+        }
+    }
 }

@@ -25,7 +25,7 @@ pub(crate) use pack::{pack_lanes, pack_rows};
 pub(crate) use packed::{HALF, multiplies_pairs};
 pub use packed::{PackedMatrix, packed_linear};
 pub(crate) use panel::{Bf16Pair, MR, NR, Panel, TileOut};
-pub(crate) use upcoming::Upcoming;
+pub(crate) use upcoming::{Piece, Stretch, Upcoming};
 
 use crate::element::Element;
 use crate::isa::Isa;
@@ -111,6 +111,16 @@ impl<T: Element> Matrix<'_, T> {
                 let out = &mut out[at..at + columns.div_ceil(P::STEP) * tile.len()];
                 pack_rows(isa, columns, [tile.len(), tile.len()], |k| &base[k * self.col_stride..], out);
             }
+        }
+    }
+
+    /// What [`Matrix::pack_right`] reads.
+    fn stretch(&self, cols: Range<usize>, depth: Range<usize>) -> Stretch {
+        let values = &self.data[cols.start * self.col_stride + depth.start * self.row_stride..];
+        if self.row_stride == 1 {
+            Stretch::rows(values, [cols.len(), depth.len(), self.col_stride])
+        } else {
+            Stretch::rows(values, [depth.len(), cols.len(), self.row_stride])
         }
     }
 
@@ -267,7 +277,9 @@ fn gemm_as<P: Panel, A: Element, B: Element, C: Element>(
         let cols = task / parts * width..((task / parts + 1) * width).min(n);
         let mut sums = scratch::take::<f32>(rows.len() * cols.len().next_multiple_of(NR));
         let pack = |depth: Range<usize>, out: &mut [P]| b.pack_right(isa, cols.clone(), depth, out);
-        multiply_rows(isa, left, rows.clone(), k, pack, &mut Upcoming::none(), &mut sums);
+        let memory = |depth: Range<usize>| [b.stretch(cols.clone(), depth), Stretch::NONE];
+        let left = Left::new(left, rows.clone(), k);
+        multiply_rows(isa, &left, pack, memory, [Stretch::NONE; 2], &mut sums);
         for (cols, sums) in panels(cols, &sums, rows.len()) {
             let target = Target { first: rows.start * stride + cols.start, stride, columns: cols.len() };
             // SAFETY: tasks own disjoint rectangles of `c`.
@@ -331,40 +343,56 @@ pub(crate) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 
 /// `sums[panels, rows, NR] = left[rows, depth] right[depth, panels]`.
 ///
-/// `left` holds the packed tiles of all rows of the operand, each `[steps, height]`. `pack_right` packs a
-/// part of the summed axis as `[panels, steps, NR]`; parts are short enough for one panel to stay in the
-/// first-level cache while the tiles pass by. `next` is fetched
-/// meanwhile.
+/// `pack_right` packs a part of the summed axis as `[panels, steps, NR]`; parts are short enough for one panel to stay in
+/// the first-level cache while the tiles pass by. What `memory` says is read for the next [`unit_depth`] elements is
+/// fetched during those before, and `next` during the last ones.
 pub(crate) fn multiply_rows<P: Panel>(
     isa: Isa,
-    left: &[P],
-    rows: Range<usize>,
-    depth: usize,
+    left: &Left<'_, P>,
     pack_right: impl Fn(Range<usize>, &mut [P]),
-    next: &mut Upcoming<'_>,
+    memory: impl Fn(Range<usize>) -> [Stretch; 2],
+    next: [Stretch; 2],
     sums: &mut [f32],
 ) {
-    if rows.is_empty() {
+    if left.rows.is_empty() {
         return;
     }
-    let panels = sums.len() / (rows.len() * NR);
-    // Steps of one part of the summed axis: 128 KiB of all panels at most.
-    let block = (1024 / panels.max(1)).clamp(16, P::BLOCK);
-    assert_eq!(sums.len(), panels * rows.len() * NR);
-    let left = Left::new(left, rows, depth);
+    let panels = sums.len() / (left.rows.len() * NR);
+    assert_eq!(sums.len(), panels * left.rows.len() * NR);
     if left.steps == 0 {
         sums.fill(0.0);
     }
-    let mut right = scratch::take::<P>(panels * block.min(left.steps) * NR);
-    for first in (0..left.steps).step_by(block) {
-        let steps = first..(first + block).min(left.steps);
+    let (block, unit) = (block_depth::<P>(panels), unit_depth::<P>(panels));
+    let tiles = panels * tiles(left.rows.clone()).count();
+    let part = |first: usize, len: usize| first..(first + len).min(left.depth);
+    let mut right = scratch::take::<P>(panels * block.div_ceil(P::STEP).min(left.steps) * NR);
+    let mut upcoming = Upcoming::none();
+    for first in (0..left.depth).step_by(block) {
+        if first.is_multiple_of(unit) {
+            let now = part(first, unit);
+            let next = if now.end < left.depth { memory(part(now.end, unit)) } else { next };
+            upcoming = Upcoming::new(next, tiles * now.len().div_ceil(block));
+        }
+        let depth = part(first, block);
+        let steps = first / P::STEP..depth.end.div_ceil(P::STEP);
         let right = &mut right[..panels * steps.len() * NR];
-        pack_right(first * P::STEP..(steps.end * P::STEP).min(depth), right);
+        pack_right(depth, right);
         let panels = right.chunks_exact(steps.len() * NR).zip(sums.chunks_exact_mut(left.rows.len() * NR));
         for (right, sums) in panels {
-            left.multiply(isa, steps.clone(), right, next, sums);
+            left.multiply(isa, steps.clone(), right, &mut upcoming, sums);
         }
     }
+}
+
+/// Elements of the summed axis that [`multiply_rows`] packs at once: 128 KiB of all panels at most.
+fn block_depth<P: Panel>(panels: usize) -> usize {
+    P::STEP * (1024 / panels.max(1)).clamp(16, P::BLOCK)
+}
+
+/// Elements of the summed axis that [`multiply_rows`] fetches ahead: some parts, together 128 KiB of bf16 or one part.
+pub(crate) fn unit_depth<P: Panel>(panels: usize) -> usize {
+    let block = block_depth::<P>(panels);
+    block * (2048 / (panels.max(1) * block)).max(1)
 }
 
 /// As [`multiply_rows`] with a right operand whose panels are packed already as pairs, each over the whole summed axis.
@@ -374,7 +402,7 @@ pub(crate) fn multiply_packed<'a, P: Panel>(
     rows: Range<usize>,
     depth: usize,
     panels: impl Iterator<Item = &'a [Bf16Pair]>,
-    next: &mut Upcoming<'_>,
+    next: &mut Upcoming,
     sums: &mut [f32],
 ) {
     let left = Left::new(left, rows, depth);
@@ -392,27 +420,22 @@ pub(crate) fn multiply_packed<'a, P: Panel>(
     }
 }
 
-/// Rows of a packed left operand.
-struct Left<'a, P> {
+/// Some rows of a packed left operand.
+pub(crate) struct Left<'a, P> {
     tiles: &'a [P],
     rows: Range<usize>,
+    depth: usize,
     steps: usize,
 }
 
 impl<'a, P: Panel> Left<'a, P> {
-    fn new(tiles: &'a [P], rows: Range<usize>, depth: usize) -> Self {
-        Self { tiles, rows, steps: depth.div_ceil(P::STEP) }
+    /// `tiles` are those of all rows of the operand, each `[steps, height]`.
+    pub(crate) fn new(tiles: &'a [P], rows: Range<usize>, depth: usize) -> Self {
+        Self { tiles, rows, depth, steps: depth.div_ceil(P::STEP) }
     }
 
     /// `sums[rows, NR] (+)= left[rows, steps] right[steps, NR]`; adds if `steps` are not the first.
-    fn multiply(
-        &self,
-        isa: Isa,
-        steps: Range<usize>,
-        right: &[P],
-        next: &mut Upcoming<'_>,
-        sums: &mut [f32],
-    ) {
+    fn multiply(&self, isa: Isa, steps: Range<usize>, right: &[P], next: &mut Upcoming, sums: &mut [f32]) {
         assert_eq!(sums.len(), self.rows.len() * NR);
         for tile in tiles(self.rows.clone()) {
             let start = tile.start * self.steps + steps.start * tile.len();
@@ -444,6 +467,15 @@ pub(crate) unsafe fn write_rows<C: Element>(
     target: Target,
     accumulate: bool,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 && C::IS_BF16 && !accumulate && target.columns == NR {
+        let Some(last) = (sums.len() / NR).checked_sub(1) else { return };
+        let out = c.ptr(target.first..target.first + last * target.stride + NR);
+        // SAFETY: the caller owns the rectangle, which ends with the range, and an `Isa` value is only made where the
+        // processor has its instructions.
+        unsafe { avx512::round_rows(sums, out.cast(), target.stride) };
+        return;
+    }
     write(isa, sums, c, target, accumulate);
 }
 

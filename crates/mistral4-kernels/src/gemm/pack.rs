@@ -25,7 +25,8 @@ pub(crate) fn pack_lanes<'a, P: Panel, T: Element>(
         unsafe {
             match isa {
                 Isa::Avx512 | Isa::Avx512Bf16 => {
-                    return pack_avx512::pack_lanes(depth, lanes, width, lane, out);
+                    let native = isa == Isa::Avx512Bf16;
+                    return pack_avx512::pack_lanes(native, [depth, lanes, width], lane, out);
                 }
                 Isa::Avx2 => return pack_avx2::pack_lanes(depth, lanes, width, lane, out),
                 Isa::Portable => {}
@@ -70,7 +71,8 @@ pub(crate) fn pack_rows<'a, P: Panel, T: Element>(
         unsafe {
             match isa {
                 Isa::Avx512 | Isa::Avx512Bf16 => {
-                    return pack_avx512::pack_rows(depth, lanes, width, row, out);
+                    let native = isa == Isa::Avx512Bf16;
+                    return pack_avx512::pack_rows(native, [depth, lanes, width], row, out);
                 }
                 Isa::Avx2 => return pack_avx2::pack_rows(depth, lanes, width, row, out),
                 Isa::Portable => {}

@@ -54,13 +54,35 @@ unsafe fn load_f32<T: Element>(from: *const T, count: usize) -> __m512 {
     }
 }
 
+/// Two times 16 floats rounded to bf16, in order.
+///
+/// # Safety
+/// With `NATIVE`, the processor has AVX-512 BF16.
+#[inline(always)]
+unsafe fn narrow<const NATIVE: bool>(low: __m512, high: __m512) -> __m512i {
+    /// Numbers below 2^-126 become zero, as which the products take them anyway.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn native(low: __m512, high: __m512) -> __m512i {
+        // SAFETY: both types are 64 plain bytes.
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn by_hand(low: __m512, high: __m512) -> __m512i {
+        let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(round(low)));
+        _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(round(high)))
+    }
+    // SAFETY: promised by the caller; everything here is called on processors with AVX-512 alone.
+    unsafe { if NATIVE { native(low, high) } else { by_hand(low, high) } }
+}
+
 /// 16 steps of one lane whose elements are neighbours, zero past `count` elements.
 ///
 /// # Safety
-/// `count.min(16 * STEP)` elements are readable.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn load_steps<P: Panel, T: Element>(from: *const T, count: usize) -> __m512i {
+/// `count.min(16 * STEP)` elements are readable; `NATIVE` as for [`narrow`].
+#[inline(always)]
+unsafe fn load_steps<P: Panel, T: Element, const NATIVE: bool>(from: *const T, count: usize) -> __m512i {
     // SAFETY: promised by the caller.
     unsafe {
         if P::STEP == 1 {
@@ -68,12 +90,51 @@ unsafe fn load_steps<P: Panel, T: Element>(from: *const T, count: usize) -> __m5
         } else if T::IS_BF16 {
             _mm512_maskz_loadu_epi16(mask32(count), from.cast())
         } else {
-            let low = round(load_f32(from, count));
             let rest = count.saturating_sub(N);
-            let high = round(load_f32(if rest > 0 { from.add(N) } else { from }, rest));
-            let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
-            _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+            let high = load_f32(if rest > 0 { from.add(N) } else { from }, rest);
+            narrow::<NATIVE>(load_f32(from, count), high)
         }
+    }
+}
+
+/// Where [`side_by_side`] takes its words from: those of the second operand count from 32.
+static SIDE_BY_SIDE: [[u16; 2 * N]; 2] = {
+    let mut order = [[0; 2 * N]; 2];
+    let mut i = 0;
+    while i < 2 * N {
+        let (word, second) = (i as u16 / 2, i as u16 % 2);
+        order[0][i] = word + 32 * second;
+        order[1][i] = word + 16 * second;
+        i += 1;
+    }
+    order
+};
+
+/// Up to 16 steps of two rows, zero past `count` lanes; without a second row its elements are zeros.
+///
+/// # Safety
+/// `count.min(16)` elements of each row are readable; `NATIVE` as for [`narrow`].
+#[inline(always)]
+unsafe fn side_by_side<P: Panel, T: Element, const NATIVE: bool>(
+    first: *const T,
+    second: Option<*const T>,
+    count: usize,
+) -> __m512i {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if P::STEP == 1 {
+            return _mm512_castps_si512(load_f32(first, count));
+        }
+        if T::IS_BF16 {
+            let load =
+                |row: *const T| _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask16(count), row.cast()));
+            let order = _mm512_loadu_si512(SIDE_BY_SIDE[0].as_ptr().cast());
+            let second = second.map_or(_mm512_setzero_si512(), load);
+            return _mm512_permutex2var_epi16(load(first), order, second);
+        }
+        let order = _mm512_loadu_si512(SIDE_BY_SIDE[1].as_ptr().cast());
+        let second = second.map_or(_mm512_setzero_ps(), |row| load_f32(row, count));
+        _mm512_permutexvar_epi16(order, narrow::<NATIVE>(load_f32(first, count), second))
     }
 }
 
@@ -107,15 +168,54 @@ fn transpose(r: [__m512i; N]) -> [__m512i; N] {
     out
 }
 
-/// See [`super::pack::pack_lanes`].
-///
-/// # Safety
-/// Each of `lanes <= width` lanes has `depth` readable elements, `out` holds `steps * width` elements.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_lanes<P: Panel, T: Element>(
-    depth: usize,
-    lanes: usize,
-    width: usize,
+/// Declares `name(native, ..)`, which runs `body::<P, T, NATIVE>(..)` compiled for AVX-512 with or without BF16.
+macro_rules! compiled {
+    ($(#[$meta:meta])* fn $name:ident = $body:ident;) => {
+        $(#[$meta])*
+        pub(super) unsafe fn $name<P: Panel, T: Element>(
+            native: bool,
+            shape: [usize; 3],
+            source: impl Fn(usize) -> *const T,
+            out: *mut P,
+        ) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+            unsafe fn with<P: Panel, T: Element>(shape: [usize; 3], source: impl Fn(usize) -> *const T, out: *mut P) {
+                // SAFETY: promised by the caller.
+                unsafe { $body::<P, T, true>(shape, source, out) }
+            }
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+            unsafe fn without<P: Panel, T: Element>(shape: [usize; 3], source: impl Fn(usize) -> *const T, out: *mut P) {
+                // SAFETY: promised by the caller.
+                unsafe { $body::<P, T, false>(shape, source, out) }
+            }
+            // SAFETY: promised by the caller.
+            unsafe { if native { with(shape, source, out) } else { without(shape, source, out) } }
+        }
+    };
+}
+
+compiled! {
+    /// See [`super::pack::pack_lanes`]; `[depth, lanes, width]`, and the pointer to each lane.
+    ///
+    /// # Safety
+    /// The processor has AVX-512, with BF16 if `native`. Each of `lanes <= width` lanes has `depth` readable elements,
+    /// `out` holds `steps * width` elements.
+    fn pack_lanes = pack_lanes_body;
+}
+
+compiled! {
+    /// See [`super::pack::pack_rows`]; `[depth, lanes, width]`, and the pointer to each row.
+    ///
+    /// # Safety
+    /// The processor has AVX-512, with BF16 if `native`. Each of `depth` rows has `lanes <= width` readable elements,
+    /// `out` holds `steps * width` elements.
+    fn pack_rows = pack_rows_body;
+}
+
+/// See [`pack_lanes`].
+#[inline(always)]
+unsafe fn pack_lanes_body<P: Panel, T: Element, const NATIVE: bool>(
+    [depth, lanes, width]: [usize; 3],
     lane: impl Fn(usize) -> *const T,
     out: *mut P,
 ) {
@@ -129,18 +229,16 @@ pub(super) unsafe fn pack_lanes<P: Panel, T: Element>(
         }
         for first in (0..steps).step_by(N) {
             let element = first * P::STEP;
-            let mut rows = [_mm512_setzero_si512(); N];
-            for (i, row) in rows.iter_mut().enumerate() {
-                if i < used {
-                    // SAFETY: `depth - element` elements remain in the lane; a prefetch may point anywhere.
-                    unsafe {
-                        let ahead = sources[i].wrapping_add(element).wrapping_byte_add(LANE_AHEAD);
-                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                        *row = load_steps::<P, T>(sources[i].add(element), depth - element);
-                    }
+            // SAFETY: `depth - element` elements remain in each lane; a prefetch may point anywhere.
+            let columns = unsafe {
+                let mut rows = [_mm512_setzero_si512(); N];
+                for (row, source) in rows.iter_mut().zip(&sources[..used]) {
+                    let ahead = source.wrapping_add(element).wrapping_byte_add(LANE_AHEAD);
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                    *row = load_steps::<P, T, NATIVE>(source.add(element), depth - element);
                 }
-            }
-            let columns = transpose(rows);
+                transpose(rows)
+            };
             let count = steps - first;
             // SAFETY: the step is below `steps`, and the mask ends at `width`.
             let write = |step: usize, column: __m512i| unsafe {
@@ -156,15 +254,10 @@ pub(super) unsafe fn pack_lanes<P: Panel, T: Element>(
     }
 }
 
-/// See [`super::pack::pack_rows`].
-///
-/// # Safety
-/// Each of `depth` rows has `lanes <= width` readable elements, `out` holds `steps * width` elements.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
-    depth: usize,
-    lanes: usize,
-    width: usize,
+/// See [`pack_rows`].
+#[inline(always)]
+unsafe fn pack_rows_body<P: Panel, T: Element, const NATIVE: bool>(
+    [depth, lanes, width]: [usize; 3],
     row: impl Fn(usize) -> *const T,
     out: *mut P,
 ) {
@@ -173,12 +266,13 @@ pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
     for step in 0..steps {
         let k = step * P::STEP;
         let first = row(k);
-        let second = if k + 1 < depth { row(k + 1) } else { first };
+        let second = (P::STEP == 2 && k + 1 < depth).then(|| row(k + 1));
         if k + ROWS_AHEAD + P::STEP <= depth {
             for ahead in 0..P::STEP {
                 let ahead = row(k + ROWS_AHEAD + ahead);
                 for line in (0..lanes).step_by(64 / size_of::<T>()) {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast());
+                    // SAFETY: a prefetch may point anywhere.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
                 }
             }
         }
@@ -187,19 +281,8 @@ pub(super) unsafe fn pack_rows<P: Panel, T: Element>(
             // SAFETY: masks cover readable and writable elements only.
             unsafe {
                 let skip = group.min(lanes);
-                let a = load_f32(first.add(skip), count);
-                let words = if P::STEP == 1 {
-                    _mm512_castps_si512(a)
-                } else {
-                    let b = load_f32(second.add(skip), if k + 1 < depth { count } else { 0 });
-                    if T::IS_BF16 {
-                        // Already rounded: the high halves are the values.
-                        let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(a));
-                        _mm512_or_si512(low, _mm512_castps_si512(b))
-                    } else {
-                        _mm512_or_si512(round(a), _mm512_slli_epi32::<16>(round(b)))
-                    }
-                };
+                let second = second.map(|row| row.add(skip));
+                let words = side_by_side::<P, T, NATIVE>(first.add(skip), second, count);
                 let target = out.add((group / NR * steps + step) * panel_width + group % NR);
                 _mm512_mask_storeu_epi32(target.cast(), mask16(width - group), words);
             }

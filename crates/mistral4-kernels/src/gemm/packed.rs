@@ -1,7 +1,7 @@
 //! Weights packed once: frozen bf16 matrices in the order in which products read them.
 use super::{
-    Bf16Pair, MR, NR, Panel, Target, Upcoming, multiply_packed, pack_lanes, pack_left, pairs, row_parts,
-    streamed_rows, tiles, write_rows,
+    Bf16Pair, MR, NR, Panel, Stretch, Target, Upcoming, multiply_packed, pack_lanes, pack_left, pairs,
+    row_parts, streamed_rows, tiles, write_rows,
 };
 use crate::element::Element;
 use crate::isa::Isa;
@@ -186,7 +186,10 @@ fn multiply<P: Panel, X: Element, Y: Element>(
         for panel in first..(first + chunk).min(panels(outputs)) {
             let right = weight.panels(0, panel..panel + 1);
             let mut next = match rows.len() > MR && panel + 1 < panels(outputs) {
-                true => Upcoming::new([weight.panels(0, panel + 1..panel + 2), &[]], rows.len().div_ceil(MR)),
+                true => {
+                    let next = Stretch::all(weight.panels(0, panel + 1..panel + 2));
+                    Upcoming::new([next, Stretch::NONE], rows.len().div_ceil(MR))
+                }
                 // What passes by once is fetched as fast without being asked for.
                 false => Upcoming::none(),
             };

@@ -10,6 +10,7 @@ use half::bf16;
 use std::ops::Range;
 
 use super::portable;
+use super::upcoming::Piece;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
@@ -60,7 +61,7 @@ pub(crate) trait Panel: Plain + Default + Send + Sync + 'static {
     ///
     /// # Safety
     /// `out` addresses `rows` rows of `NR` writable floats, not aliased.
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]);
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: Piece);
 }
 
 /// Checks the shapes that every tile kernel relies on.
@@ -94,7 +95,7 @@ impl Panel for f32 {
         space
     }
 
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]) {
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: Piece) {
         check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]
@@ -132,7 +133,7 @@ impl Panel for Bf16Pair {
         &pairs[steps.start * NR..steps.end * NR]
     }
 
-    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: &[u8]) {
+    unsafe fn tile(isa: Isa, rows: usize, a: &[Self], b: &[Self], out: TileOut, next: Piece) {
         check(rows, a, b);
         match isa {
             #[cfg(target_arch = "x86_64")]

@@ -6,67 +6,179 @@ use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 
+/// Rows of memory that begin at equal distances. It is only ever asked for, never read.
+#[derive(Clone, Copy)]
+pub(crate) struct Stretch {
+    first: *const u8,
+    rows: usize,
+    /// Lines of a row.
+    width: usize,
+    /// Bytes from row to row.
+    stride: usize,
+}
+
+impl Stretch {
+    /// No memory.
+    pub(crate) const NONE: Self = Self { first: std::ptr::null(), rows: 0, width: 1, stride: 0 };
+
+    /// All of a slice.
+    pub(crate) fn all<T: Plain>(values: &[T]) -> Self {
+        Self::rows(values, [1, values.len(), values.len()])
+    }
+
+    /// So many rows of `width` values, `stride` values apart.
+    pub(crate) fn rows<T: Plain>(values: &[T], [rows, width, stride]: [usize; 3]) -> Self {
+        let width = (width * size_of::<T>()).div_ceil(LINE).max(1);
+        Self { first: values.as_ptr().cast(), rows, width, stride: stride * size_of::<T>() }
+    }
+
+    fn lines(&self) -> usize {
+        self.rows * self.width
+    }
+}
+
 /// Memory that later products read, of which every tile until then fetches a piece.
-pub(crate) struct Upcoming<'a> {
-    parts: [&'a [u8]; 2],
+pub(crate) struct Upcoming {
+    parts: [Stretch; 2],
+    /// Lines of the first part that are fetched already.
+    fetched: usize,
+    /// Lines of a piece.
     piece: usize,
 }
 
-impl<'a> Upcoming<'a> {
+impl Upcoming {
     pub(crate) fn none() -> Self {
-        Self { parts: [&[]; 2], piece: 0 }
+        Self::new([Stretch::NONE; 2], 1)
     }
 
     /// Two stretches of memory, fetched while `tiles` tiles are multiplied.
-    pub(crate) fn new<T: Plain>(parts: [&'a [T]; 2], tiles: usize) -> Self {
-        // SAFETY: plain values have no padding, and bytes no alignment.
-        let bytes = |part: &'a [T]| unsafe {
-            std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(part))
-        };
-        let parts = parts.map(bytes);
-        let piece = (parts[0].len() + parts[1].len()).div_ceil(tiles.max(1)).next_multiple_of(LINE);
-        Self { parts, piece }
+    pub(crate) fn new(parts: [Stretch; 2], tiles: usize) -> Self {
+        let lines = parts.map(|part| part.lines());
+        // A piece lies in one part, so that one more of them is short where there are two.
+        let whole = if lines.contains(&0) { tiles } else { tiles.saturating_sub(1) };
+        Self { parts, fetched: 0, piece: (lines[0] + lines[1]).div_ceil(whole.max(1)) }
     }
 
     /// What the next tile is to fetch.
-    pub(super) fn piece(&mut self) -> &'a [u8] {
-        let part = if self.parts[0].is_empty() { &mut self.parts[1] } else { &mut self.parts[0] };
-        let (now, later) = part.split_at(self.piece.min(part.len()));
-        *part = later;
-        now
+    pub(super) fn piece(&mut self) -> Piece {
+        if self.fetched == self.parts[0].lines() {
+            self.parts = [self.parts[1], Stretch::NONE];
+            self.fetched = 0;
+        }
+        let Stretch { first, width, stride, .. } = self.parts[0];
+        let (row, column) = (self.fetched / width, self.fetched % width);
+        let lines = self.piece.min(self.parts[0].lines() - self.fetched);
+        self.fetched += lines;
+        Piece {
+            next: first.wrapping_add(row * stride + column * LINE),
+            lines,
+            left: width - column,
+            width,
+            jump: stride.wrapping_sub(width * LINE),
+        }
     }
+}
+
+/// Some lines of a [`Stretch`].
+#[derive(Clone, Copy)]
+pub(crate) struct Piece {
+    next: *const u8,
+    lines: usize,
+    /// Lines left in this row.
+    left: usize,
+    width: usize,
+    /// Bytes from the end of a row to the next one.
+    jump: usize,
+}
+
+impl Piece {
+    /// No lines.
+    pub(crate) const NONE: Self = Self { next: std::ptr::null(), lines: 0, left: 1, width: 1, jump: 0 };
 }
 
 /// Memory that a later tile reads, fetched a line a step: many requests at once would keep this tile's own waiting.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Fetch {
-    next: *const i8,
-    lines: usize,
+    next: *const u8,
+    /// Lines until the row or the piece ends.
+    left: usize,
+    /// What follows then.
+    rest: Piece,
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Fetch {
     /// The lines for which there is no step are asked for at once.
     #[inline(always)]
-    pub(super) fn new(memory: &[u8], steps: usize) -> Self {
-        let lines = memory.len() / LINE;
-        let at_once = lines.saturating_sub(steps) * LINE;
-        for line in (0..at_once).step_by(LINE) {
-            // SAFETY: a prefetch may point anywhere.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(memory.as_ptr().cast::<i8>().add(line)) };
+    pub(super) fn new(piece: Piece, steps: usize) -> Self {
+        let left = piece.left.min(piece.lines);
+        let rest = Piece { lines: piece.lines - left, ..piece };
+        let mut fetch = Self { next: piece.next, left, rest };
+        for _ in steps..piece.lines {
+            fetch.line();
         }
-        Self { next: memory[at_once..].as_ptr().cast(), lines: lines.min(steps) }
+        fetch
     }
 
     #[inline(always)]
     pub(super) fn line(&mut self) {
-        if self.lines > 0 {
-            // SAFETY: a prefetch may point anywhere; `next` stays in the memory or just behind it.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(self.next);
-                self.next = self.next.add(LINE);
+        if self.left > 0 {
+            // SAFETY: a prefetch may point anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
+            self.advance();
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self) {
+        self.next = self.next.wrapping_add(LINE);
+        self.left -= 1;
+        if self.left == 0 {
+            self.turn();
+        }
+    }
+
+    /// Goes to the next row.
+    #[cold]
+    fn turn(&mut self) {
+        self.next = self.next.wrapping_add(self.rest.jump);
+        self.left = self.rest.width.min(self.rest.lines);
+        self.rest.lines -= self.left;
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    fn addresses(part: &Stretch) -> Vec<usize> {
+        let line = |row: usize, column: usize| part.first.addr() + row * part.stride + column * LINE;
+        (0..part.rows).flat_map(|row| (0..part.width).map(move |column| line(row, column))).collect()
+    }
+
+    #[test]
+    fn every_line_is_asked_for_once_and_in_order() {
+        let part = |first: usize, [rows, width, stride]: [usize; 3]| Stretch {
+            first: std::ptr::without_provenance(first),
+            rows,
+            width,
+            stride: stride * LINE,
+        };
+        let shapes = [[0, 1, 0], [1, 7, 7], [5, 1, 3], [16, 16, 32], [3, 4, 4]];
+        for parts in shapes.iter().flat_map(|a| shapes.iter().map(|b| [part(1 << 20, *a), part(1 << 30, *b)]))
+        {
+            for tiles in [2, 3, 10, 1000] {
+                let mut upcoming = Upcoming::new(parts, tiles);
+                let mut got = Vec::new();
+                for _ in 0..tiles {
+                    let mut fetch = Fetch::new(upcoming.piece(), usize::MAX);
+                    while fetch.left > 0 {
+                        got.push(fetch.next.addr());
+                        fetch.advance();
+                    }
+                }
+                assert_eq!(got, parts.iter().flat_map(addresses).collect::<Vec<_>>());
             }
-            self.lines -= 1;
         }
     }
 }

@@ -6,7 +6,8 @@ use super::matrix::{QuantizedMatrix, StackDims};
 use super::product::product;
 use crate::element::{Element, Index};
 use crate::experts::{
-    Activation, ExpertDims, ExpertGrads, Experts, Groups, add_scaled, gate_slices, moe_experts_backward,
+    Activation, ExpertDims, ExpertGrads, Experts, Groups, add_scaled, gate_slices, gates_and_ups,
+    moe_experts_backward,
 };
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
@@ -169,6 +170,7 @@ fn backward<X: Element, W: Element, I: Index>(
         let (expert, rows) = &groups.used[index];
         let mut gate_up = scratch::take::<W>(2 * inter * hidden);
         let mut down = scratch::take::<W>(hidden * inter);
+        let mut gates = scratch::take::<X>(rows.len() * 2 * inter);
         let gather = |from: &[X]| {
             let mut to = scratch::take::<X>(rows.len() * hidden);
             for (row, to) in rows.clone().zip(to.chunks_exact_mut(hidden)) {
@@ -197,7 +199,8 @@ fn backward<X: Element, W: Element, I: Index>(
             };
             let grads =
                 ExpertGrads { x: Some(dx), weights: Some(&mut of_weights), gate_up: None, down: None };
-            moe_experts_backward(&one, &dout, grads);
+            gates_and_ups(&one, &mut gates);
+            moe_experts_backward(&one, &gates, &dout, grads);
         });
         for (row, gradient) in rows.clone().zip(of_weights) {
             let slot = groups.slot(row);

@@ -3,7 +3,7 @@ use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
     Activation, Element, ExpertDims, ExpertGrads, Experts, GemmDims, GroupedLinearDims, Index, Matrix,
     MatrixMut, bf16, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
-    moe_experts, moe_experts_backward, reference,
+    moe_experts, moe_experts_backward, moe_experts_keeping, reference,
 };
 
 const SIZES: [ExpertDims; 6] = [
@@ -58,6 +58,13 @@ impl<X: Element, W: Element, I: Index> Case<X, W, I> {
             down: &self.down,
         }
     }
+
+    /// What the forward pass keeps for the backward pass.
+    fn kept(&self, activation: Activation) -> Vec<X> {
+        let mut kept = poison(self.indices.len() * 2 * self.dims.inter);
+        moe_experts_keeping(&self.input(activation), &mut kept, &mut poison(self.x.len()));
+        kept
+    }
 }
 
 fn compare<X: Element, W: Element, I: Index>(index: impl Fn(usize) -> I + Copy) {
@@ -70,8 +77,12 @@ fn compare<X: Element, W: Element, I: Index>(index: impl Fn(usize) -> I + Copy) 
             reference::moe_experts(&input, &mut want);
             assert_close(&format!("{activation:?} {dims:?}"), &got, &want, tolerance::<X>());
 
+            let mut kept = poison(case.indices.len() * 2 * dims.inter);
+            moe_experts_keeping(&input, &mut kept, &mut got);
+            assert_close(&format!("keeping, {activation:?} {dims:?}"), &got, &want, tolerance::<X>());
+
             let mut got = Grads::new(&case);
-            moe_experts_backward(&input, &case.dout, got.all());
+            moe_experts_backward(&input, &kept, &case.dout, got.all());
             let mut want = Grads::new(&case);
             reference::moe_experts_backward(&input, &case.dout, want.all());
             let what = |name| format!("{name} {activation:?} {dims:?}");
@@ -127,12 +138,13 @@ fn bf16_experts() {
 #[test]
 fn gradients_not_asked_for_change_nothing() {
     let case = Case::<f32, f32, i32>::new(SIZES[2], |i| i as i32);
-    let input = case.input(Activation::Silu);
+    let (input, kept) = (case.input(Activation::Silu), case.kept(Activation::Silu));
     let mut all = Grads::new(&case);
-    moe_experts_backward(&input, &case.dout, all.all());
+    moe_experts_backward(&input, &kept, &case.dout, all.all());
     let mut some = Grads::new(&case);
     moe_experts_backward(
         &input,
+        &kept,
         &case.dout,
         ExpertGrads { x: Some(&mut some.x), weights: Some(&mut some.weights), gate_up: None, down: None },
     );
@@ -146,7 +158,7 @@ fn no_tokens() {
     let case = Case::<f32, f32, i32>::new(dims, |i| i as i32);
     let mut grads = Grads::new(&case);
     moe_experts(&case.input(Activation::Silu), &mut []);
-    moe_experts_backward(&case.input(Activation::Silu), &case.dout, grads.all());
+    moe_experts_backward(&case.input(Activation::Silu), &[], &case.dout, grads.all());
     assert!(grads.gate_up.iter().chain(&grads.down).all(|g| *g == 0.0));
 }
 
@@ -167,7 +179,8 @@ fn results_do_not_depend_on_threads() {
             let mut out = poison::<bf16>(case.x.len());
             moe_experts(&case.input(Activation::Silu), &mut out);
             let mut grads = Grads::new(&case);
-            moe_experts_backward(&case.input(Activation::Silu), &case.dout, grads.all());
+            let kept = case.kept(Activation::Silu);
+            moe_experts_backward(&case.input(Activation::Silu), &kept, &case.dout, grads.all());
             (out, grads.x, grads.weights, grads.gate_up, grads.down)
         })
     };

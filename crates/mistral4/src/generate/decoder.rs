@@ -189,7 +189,8 @@ mod tests {
                         |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
                     let error = norm(&mut got.iter().zip(&want).map(|(got, want)| got - want));
                     let size = norm(&mut want.iter().copied());
-                    assert!(error < 2e-2 * size, "{error} of {size}");
+                    // Both are off by up to 2e-2, each in its own way.
+                    assert!(error < 2e-2 * 2.0f32.sqrt() * size, "{error} of {size}");
                 }
                 let error = decoder.step(40, 20).unwrap_err().to_string();
                 assert!(error.contains("input_ids is 40") && error.contains("0..40"), "{error}");

@@ -14,7 +14,7 @@ use super::extension::FusedOps;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
 
-/// Inputs of [`FusedOps::moe_experts`], kept for its backward pass.
+/// Inputs of [`FusedOps::moe_experts`].
 #[derive(Debug, Clone)]
 pub(super) struct MoeInputs<B: Backend> {
     pub(super) x: FloatTensor<B>,
@@ -23,6 +23,14 @@ pub(super) struct MoeInputs<B: Backend> {
     pub(super) gate_up: FloatTensor<B>,
     pub(super) down: FloatTensor<B>,
     pub(super) activation: Activation,
+}
+
+/// Inputs of [`FusedOps::moe_experts`], and the gates and ups on the way, kept for its backward pass.
+#[derive(Debug, Clone)]
+pub(super) struct MoeSaved<B: Backend> {
+    pub(super) inputs: MoeInputs<B>,
+    /// `[T * K, 2F]`, token slots sorted by expert.
+    pub(super) kept: FloatTensor<B>,
 }
 
 /// Inputs and results of [`FusedOps::rms_norm`], kept for its backward pass.
@@ -124,9 +132,11 @@ pub(super) trait BackwardKernels: FusedOps {
     fn mla_attention_backward(saved: MlaSaved<Self>, dout: FloatTensor<Self>) -> [FloatTensor<Self>; 3];
     /// Gradients of gate and up, from `[gate, up, dout]`.
     fn gated_backward(saved: [FloatTensor<Self>; 3], activation: Activation) -> [FloatTensor<Self>; 2];
+    /// Output, and what its backward pass needs beside the inputs.
+    fn moe_experts_keeping(inputs: MoeInputs<Self>) -> (FloatTensor<Self>, MoeSaved<Self>);
     /// Gradients of `(x, weights, gate_up, down)`, each only if wanted.
     fn moe_experts_backward(
-        inputs: MoeInputs<Self>,
+        saved: MoeSaved<Self>,
         dout: FloatTensor<Self>,
         want: [bool; 4],
     ) -> [Option<FloatTensor<Self>>; 4];
@@ -288,7 +298,7 @@ impl<B: BackwardKernels> Backward<B, 2> for Add {
 struct MoeExperts;
 
 impl<B: BackwardKernels> Backward<B, 4> for MoeExperts {
-    type State = MoeInputs<B>;
+    type State = MoeSaved<B>;
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = grads.consume::<B>(&ops.node);
@@ -512,12 +522,15 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         let nodes = [x.node(), weights.node(), gate_up.node(), down.node()];
         let op = MoeExperts.prepare::<C>(nodes).compute_bound().stateful();
         let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.into_primitive());
-        let inputs = MoeInputs::<B> { x, indices, weights, gate_up, down, activation };
-        let i = inputs.clone();
-        let out = B::moe_experts(i.x, i.indices, i.weights, i.gate_up, i.down, activation);
         match op {
-            OpsKind::Tracked(op) => op.finish(inputs, out),
-            OpsKind::UnTracked(op) => op.finish(out),
+            OpsKind::Tracked(op) => {
+                let inputs = MoeInputs { x, indices, weights, gate_up, down, activation };
+                let (out, saved) = B::moe_experts_keeping(inputs);
+                op.finish(saved, out)
+            }
+            OpsKind::UnTracked(op) => {
+                op.finish(B::moe_experts(x, indices, weights, gate_up, down, activation))
+            }
         }
     }
 

@@ -11,7 +11,9 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
 use super::activation::kernel_activation;
-use super::autodiff::{AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, RmsNormSaved};
+use super::autodiff::{
+    AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, MoeSaved, RmsNormSaved,
+};
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
 use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
@@ -153,11 +155,30 @@ fn mla_inputs<'a, T: kernels::Element + BurnElement + bytemuck::Pod>(
     }
 }
 
-fn expert_dims(x: &F, indices: &I, gate_up: &F) -> kernels::ExpertDims {
-    let [tokens, hidden] = x.shape().dims();
-    let [_, top_k] = indices.shape().dims();
-    let [experts, both, _] = gate_up.shape().dims();
-    kernels::ExpertDims { tokens, top_k, experts, hidden, inter: both / 2 }
+impl MoeInputs<Flex> {
+    fn contiguous(self) -> Self {
+        let [x, weights, gate_up, down] = [self.x, self.weights, self.gate_up, self.down].map(contiguous);
+        Self { x, weights, gate_up, down, ..self }
+    }
+
+    /// As the kernels take them; `indices` are the values of `self.indices`.
+    fn experts<'a, T, I>(&'a self, indices: &'a [I]) -> kernels::Experts<'a, T, T, I>
+    where
+        T: BurnElement + bytemuck::Pod,
+    {
+        let [tokens, hidden] = self.x.shape().dims();
+        let [_, top_k] = self.indices.shape().dims();
+        let [experts, both, _] = self.gate_up.shape().dims();
+        kernels::Experts {
+            dims: kernels::ExpertDims { tokens, top_k, experts, hidden, inter: both / 2 },
+            activation: kernel_activation(self.activation),
+            x: slice(&self.x),
+            indices,
+            weights: slice(&self.weights),
+            gate_up: slice(&self.gate_up),
+            down: slice(&self.down),
+        }
+    }
 }
 
 impl FusedOps for Flex {
@@ -291,22 +312,11 @@ impl FusedOps for Flex {
     }
 
     fn moe_experts(x: F, indices: I, weights: F, gate_up: F, down: F, activation: Activation) -> F {
-        let dims = expert_dims(&x, &indices, &gate_up);
-        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(contiguous);
-        let activation = kernel_activation(activation);
-        by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut out = output::<T>(elements(&x));
-            let experts = kernels::Experts {
-                dims,
-                activation,
-                x: slice::<T>(&x),
-                indices,
-                weights: slice(&weights),
-                gate_up: slice::<T>(&gate_up),
-                down: slice::<T>(&down),
-            };
-            kernels::moe_experts(&experts, &mut out);
-            tensor(out, x.shape())
+        let inputs = MoeInputs { x, indices, weights, gate_up, down, activation }.contiguous();
+        by_dtype!(inputs.x, T => with_ints!(inputs.indices.clone(), indices => {
+            let mut out = output::<T>(elements(&inputs.x));
+            kernels::moe_experts(&inputs.experts::<T, _>(indices), &mut out);
+            tensor(out, inputs.x.shape())
         }))
     }
 
@@ -492,39 +502,41 @@ impl BackwardKernels for Flex {
         })
     }
 
-    fn moe_experts_backward(inputs: MoeInputs<Flex>, dout: F, want: [bool; 4]) -> [Option<F>; 4] {
-        let MoeInputs { x, indices, weights, gate_up, down, activation } = inputs;
-        let dims = expert_dims(&x, &indices, &gate_up);
-        let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(contiguous);
+    fn moe_experts_keeping(inputs: MoeInputs<Flex>) -> (F, MoeSaved<Flex>) {
+        let inputs = inputs.contiguous();
+        let (out, kept) = by_dtype!(inputs.x, T => with_ints!(inputs.indices.clone(), indices => {
+            let mut out = output::<T>(elements(&inputs.x));
+            let experts = inputs.experts::<T, _>(indices);
+            let shape = [indices.len(), 2 * experts.dims.inter];
+            let mut kept = output::<T>(shape[0] * shape[1]);
+            kernels::moe_experts_keeping(&experts, &mut kept, &mut out);
+            (tensor(out, inputs.x.shape()), tensor(kept, shape))
+        }));
+        (out, MoeSaved { inputs, kept })
+    }
+
+    fn moe_experts_backward(saved: MoeSaved<Flex>, dout: F, want: [bool; 4]) -> [Option<F>; 4] {
+        let MoeSaved { inputs, kept } = saved;
         let dout = contiguous(dout);
-        let activation = kernel_activation(activation);
         let [want_x, want_weights, want_gate_up, want_down] = want;
-        by_dtype!(x, T => with_ints!(indices, indices => {
-            let mut dx = want_x.then(|| output::<T>(elements(&x)));
-            let mut dweights = want_weights.then(|| output::<f32>(elements(&weights)));
-            let mut dgate_up = want_gate_up.then(|| output::<T>(elements(&gate_up)));
-            let mut ddown = want_down.then(|| output::<T>(elements(&down)));
-            let experts = kernels::Experts {
-                dims,
-                activation,
-                x: slice::<T>(&x),
-                indices,
-                weights: slice(&weights),
-                gate_up: slice::<T>(&gate_up),
-                down: slice::<T>(&down),
-            };
+        by_dtype!(inputs.x, T => with_ints!(inputs.indices.clone(), indices => {
+            let mut dx = want_x.then(|| output::<T>(elements(&inputs.x)));
+            let mut dweights = want_weights.then(|| output::<f32>(elements(&inputs.weights)));
+            let mut dgate_up = want_gate_up.then(|| output::<T>(elements(&inputs.gate_up)));
+            let mut ddown = want_down.then(|| output::<T>(elements(&inputs.down)));
             let grads = kernels::ExpertGrads {
                 x: dx.as_deref_mut(),
                 weights: dweights.as_deref_mut(),
                 gate_up: dgate_up.as_deref_mut(),
                 down: ddown.as_deref_mut(),
             };
-            kernels::moe_experts_backward(&experts, slice::<T>(&dout), grads);
+            let experts = inputs.experts::<T, _>(indices);
+            kernels::moe_experts_backward(&experts, slice::<T>(&kept), slice::<T>(&dout), grads);
             [
-                dx.map(|d| tensor(d, x.shape())),
-                dweights.map(|d| tensor(d, weights.shape())),
-                dgate_up.map(|d| tensor(d, gate_up.shape())),
-                ddown.map(|d| tensor(d, down.shape())),
+                dx.map(|d| tensor(d, inputs.x.shape())),
+                dweights.map(|d| tensor(d, inputs.weights.shape())),
+                dgate_up.map(|d| tensor(d, inputs.gate_up.shape())),
+                ddown.map(|d| tensor(d, inputs.down.shape())),
             ]
         }))
     }
