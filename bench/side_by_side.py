@@ -51,6 +51,8 @@ def measure_mode(field: Field, rounds: int, repetitions: int) -> dict[Contender,
     measured: dict[Contender, list[dict]] = {}
     if field.mode == "train-f32":
         rounds = repetitions = 1
+    passed_over = [each for each in field.contenders if each.variant in field.options.skip]
+    field.skipped.update({each.name: "passed over (--skip)" for each in passed_over})
     for number in range(1, rounds + 1):
         for contender in field.contenders:
             if contender.name in field.skipped:
@@ -111,6 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flash", choices=["on", "off"], default="on", help="flash attention of llama.cpp")
     head = "bits of int4's and q4_0's output projection"
     parser.add_argument("--head-bits", type=int, choices=[8, 4], default=8, help=head)
+    skip = "ways to run experts that are not measured, as eager"
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VARIANT", help=skip)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mistral4-bench")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--picture", type=Path, help="PNG file")
