@@ -1,4 +1,5 @@
 //! Elementwise mathematics as plain loops that the compiler turns into vectors of each instruction set.
+use crate::element::Element;
 
 /// Declares `name(isa, args..)`, which runs the generic `body::<.., FMA>(args..)` compiled for `isa`.
 ///
@@ -91,6 +92,30 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
         q = mul_add::<FMA>(q, z, c);
     }
     x * p / q
+}
+
+per_isa! {
+    /// `to = from`, rounded to nearest where `B` is the narrower type.
+    pub(crate) fn convert<A: Element, B: Element>(from: &[A], to: &mut [B]) = convert_body;
+}
+
+#[inline(always)]
+fn convert_body<A: Element, B: Element, const FMA: bool>(from: &[A], to: &mut [B]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = B::from_f32(from.to_f32());
+    }
+}
+
+/// The order that puts the words of two registers side by side: those that begin at word `first` and at word `second`,
+/// where the second register's count from 32.
+pub(crate) const fn side_by_side(first: u16, second: u16) -> [u16; 32] {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = i as u16 / 2 + if i.is_multiple_of(2) { first } else { second };
+        i += 1;
+    }
+    order
 }
 
 /// Adds up partial sums, always in the same order.

@@ -2,6 +2,7 @@
 use super::heads::HEADS;
 use crate::element::Element;
 use crate::scratch;
+use crate::vector::side_by_side;
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -9,17 +10,7 @@ use std::arch::x86_64::*;
 const WIDTH: usize = 32;
 
 /// Positions of the words of two rows, those of one column side by side: columns 0 to 15, then 16 to 31.
-static SIDE_BY_SIDE: [[u16; WIDTH]; 2] = {
-    let mut order = [[0; WIDTH]; 2];
-    let mut i = 0;
-    while i < WIDTH {
-        let word = i as u16 / 2 + 32 * (i as u16 % 2);
-        order[0][i] = word;
-        order[1][i] = word + 16;
-        i += 1;
-    }
-    order
-};
+static SIDE_BY_SIDE: [[u16; WIDTH]; 2] = [side_by_side(0, 32), side_by_side(16, 48)];
 
 /// `out[head * stride..][..columns] = sum_i factors[head, i] rows[i][..columns]` for up to [`HEADS`] heads, with factors
 /// rounded to bf16.

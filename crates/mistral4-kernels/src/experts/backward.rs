@@ -10,7 +10,7 @@ use crate::gemm::{
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
-use crate::vector::{LANES, erf, exp, per_isa, reduce, sigmoid, tanh};
+use crate::vector::{LANES, convert, erf, exp, per_isa, reduce, sigmoid, tanh};
 use std::ops::Range;
 
 /// Panels of one task where weights are read along their rows: long pieces, so that memory delivers fast.
@@ -148,7 +148,7 @@ impl SortedRows {
             for row in rows {
                 // SAFETY: each task owns its rows.
                 let to = unsafe { shared.slice(row * stride..row * stride + columns) };
-                widen(isa, &values[row * columns..][..columns], to);
+                convert(isa, &values[row * columns..][..columns], to);
             }
         });
         out
@@ -156,18 +156,6 @@ impl SortedRows {
 
     fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.stride..][..self.columns]
-    }
-}
-
-per_isa! {
-    /// `to = from`.
-    fn widen<X: Element>(from: &[X], to: &mut [f32]) = widen_body;
-}
-
-#[inline(always)]
-fn widen_body<X: Element, const FMA: bool>(from: &[X], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from.to_f32();
     }
 }
 

@@ -9,7 +9,7 @@ use crate::gemm::{
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
 use crate::scratch::{self, Scratch};
-use crate::vector::{erf, mul_add, per_isa, sigmoid, tanh};
+use crate::vector::{convert, erf, mul_add, per_isa, sigmoid, tanh};
 use half::bf16;
 use std::ops::Range;
 
@@ -223,20 +223,8 @@ unsafe fn keep<X: Element>(
         let start = (first_row + row) * 2 * inter + first_column;
         for (start, sums) in [(start, &sums[..HALF]), (start + inter, &sums[HALF..])] {
             // SAFETY: promised by the caller.
-            round(isa, &sums[..columns], unsafe { kept.slice(start..start + columns) });
+            convert(isa, &sums[..columns], unsafe { kept.slice(start..start + columns) });
         }
-    }
-}
-
-per_isa! {
-    /// `to = from`.
-    fn round<X: Element>(from: &[f32], to: &mut [X]) = round_body;
-}
-
-#[inline(always)]
-fn round_body<X: Element, const FMA: bool>(from: &[f32], to: &mut [X]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = X::from_f32(*from);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Packing with AVX-512: 16 x 16 transposes of 32-bit steps, and interleaving of rows.
 use super::panel::{NR, Panel};
 use crate::element::Element;
+use crate::vector::side_by_side;
 use std::arch::x86_64::*;
 
 /// Steps, and lanes, handled at once.
@@ -97,25 +98,16 @@ unsafe fn load_steps<P: Panel, T: Element, const NATIVE: bool>(from: *const T, c
     }
 }
 
-/// Where [`side_by_side`] takes its words from: those of the second operand count from 32.
-static SIDE_BY_SIDE: [[u16; 2 * N]; 2] = {
-    let mut order = [[0; 2 * N]; 2];
-    let mut i = 0;
-    while i < 2 * N {
-        let (word, second) = (i as u16 / 2, i as u16 % 2);
-        order[0][i] = word + 32 * second;
-        order[1][i] = word + 16 * second;
-        i += 1;
-    }
-    order
-};
+/// Two rows of bf16 in two registers, and both in one, side by side.
+static TWO_REGISTERS: [u16; 2 * N] = side_by_side(0, 32);
+static ONE_REGISTER: [u16; 2 * N] = side_by_side(0, 16);
 
 /// Up to 16 steps of two rows, zero past `count` lanes; without a second row its elements are zeros.
 ///
 /// # Safety
 /// `count.min(16)` elements of each row are readable; `NATIVE` as for [`narrow`].
 #[inline(always)]
-unsafe fn side_by_side<P: Panel, T: Element, const NATIVE: bool>(
+unsafe fn interleave<P: Panel, T: Element, const NATIVE: bool>(
     first: *const T,
     second: Option<*const T>,
     count: usize,
@@ -128,11 +120,11 @@ unsafe fn side_by_side<P: Panel, T: Element, const NATIVE: bool>(
         if T::IS_BF16 {
             let load =
                 |row: *const T| _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask16(count), row.cast()));
-            let order = _mm512_loadu_si512(SIDE_BY_SIDE[0].as_ptr().cast());
+            let order = _mm512_loadu_si512(TWO_REGISTERS.as_ptr().cast());
             let second = second.map_or(_mm512_setzero_si512(), load);
             return _mm512_permutex2var_epi16(load(first), order, second);
         }
-        let order = _mm512_loadu_si512(SIDE_BY_SIDE[1].as_ptr().cast());
+        let order = _mm512_loadu_si512(ONE_REGISTER.as_ptr().cast());
         let second = second.map_or(_mm512_setzero_ps(), |row| load_f32(row, count));
         _mm512_permutexvar_epi16(order, narrow::<NATIVE>(load_f32(first, count), second))
     }
@@ -282,7 +274,7 @@ unsafe fn pack_rows_body<P: Panel, T: Element, const NATIVE: bool>(
             unsafe {
                 let skip = group.min(lanes);
                 let second = second.map(|row| row.add(skip));
-                let words = side_by_side::<P, T, NATIVE>(first.add(skip), second, count);
+                let words = interleave::<P, T, NATIVE>(first.add(skip), second, count);
                 let target = out.add((group / NR * steps + step) * panel_width + group % NR);
                 _mm512_mask_storeu_epi32(target.cast(), mask16(width - group), words);
             }

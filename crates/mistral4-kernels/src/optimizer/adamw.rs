@@ -7,7 +7,7 @@ use super::dynamic8::{BLOCK_8BIT, DynamicMap, Quantized8bit, dequantize_block, q
 use crate::element::Element;
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::vector::{mul_add, per_isa};
+use crate::vector::{convert, mul_add, per_isa};
 
 /// Elements that are stepped and then rounded while they are in the first-level cache.
 const CACHED: usize = 1024;
@@ -175,7 +175,7 @@ pub fn adamw_step_master<G: Element, S: Element>(
             };
             let state = AdamWState { param: &mut *param, grad: &grad[part], exp_avg, exp_avg_sq };
             step_chunk(isa, c, start as u32, state);
-            round_chunk(isa, param, rounded);
+            convert(isa, param, rounded);
         }
     });
 }
@@ -202,17 +202,6 @@ fn step_chunk_body<P: Element, G: Element, S: Element, const FMA: bool>(
         *p = P::from_f32_random(param, low ^ high);
         *m = S::from_f32_random(first, low);
         *v = S::from_f32_random(second, high);
-    }
-}
-
-per_isa! {
-    fn round_chunk<P: Element>(from: &[P], to: &mut [bf16]) = round_chunk_body;
-}
-
-#[inline(always)]
-fn round_chunk_body<P: Element, const FMA: bool>(from: &[P], to: &mut [bf16]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = <bf16 as Element>::from_f32(from.to_f32());
     }
 }
 
@@ -247,7 +236,7 @@ pub fn adamw_step_8bit<P: Element, G: Element>(hyper: &AdamW, step: u64, state: 
             };
             step_block(isa, c, start as u32, (&mut *param, &grad[part]), [first, second]);
             if let Some(rounded) = rounded {
-                round_chunk(isa, param, rounded);
+                convert(isa, param, rounded);
             }
         }
     });
