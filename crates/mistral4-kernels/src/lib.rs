@@ -44,9 +44,9 @@ pub use decode::{
 };
 pub use element::{Element, Index};
 pub use experts::{
-    Activation, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, PackedExperts, gated, gated_backward,
-    grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts,
-    moe_experts_backward, moe_experts_keeping, packed_experts,
+    Activation, DeferredGradient, ExpertDims, ExpertGrads, Experts, GroupedLinearDims, PackedExperts, gated,
+    gated_backward, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
+    moe_experts, moe_experts_backward, moe_experts_backward_deferring, moe_experts_keeping, packed_experts,
 };
 pub use gemm::{
     GemmDims, LinearDims, Matrix, MatrixMut, PackedMatrix, gemm, linear, linear_backward_input,
@@ -56,8 +56,8 @@ pub use isa::{Isa, IsaError};
 pub use loss::{IGNORE_INDEX, LinearCrossEntropy, LinearCrossEntropyGrads, LossSum, linear_cross_entropy};
 pub use norm::{RmsNormSaved, rms_norm, rms_norm_backward};
 pub use optimizer::{
-    AdamW, AdamW8bitState, AdamWState, BLOCK_8BIT, DynamicMap, Quantized8bit, adamw_step, adamw_step_8bit,
-    adamw_step_master, scale, sum_of_squares,
+    AdamW, AdamW8bitState, AdamWState, AdamWWeight, BLOCK_8BIT, DynamicMap, Quantized8bit, adamw_step,
+    adamw_step_8bit, adamw_step_master, scale, sum_of_squares,
 };
 pub use peaks::{peak_bf16_gflops, peak_f32_gflops, read_bandwidth};
 pub use quantized::{

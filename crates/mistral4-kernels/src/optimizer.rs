@@ -4,6 +4,7 @@ mod adamw;
 mod dynamic8;
 #[cfg(target_arch = "x86_64")]
 mod dynamic8_avx512;
+mod sink;
 
 use crate::element::Element;
 use crate::isa::Isa;
@@ -12,6 +13,8 @@ use crate::vector::{LANES, mul_add, per_isa, sum_by};
 
 pub use adamw::{AdamW, AdamW8bitState, AdamWState, adamw_step, adamw_step_8bit, adamw_step_master};
 pub use dynamic8::{BLOCK_8BIT, DynamicMap, Quantized8bit};
+pub use sink::AdamWWeight;
+pub(crate) use sink::StepSink;
 
 /// Elements of one task.
 const CHUNK: usize = 1 << 15;

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use half::bf16;
 use mistral4::inputs::{Layout, ModelInputs};
+use mistral4::model::decoder_layer::FeedForward;
 use mistral4::model::neftune::EmbeddingNoise;
 use mistral4::model::{Mistral4, RouterReplay, Routing};
-use mistral4::ops::{TokenLoss, TokenLossScale};
+use mistral4::ops::{Deferral, DeferredGradient, ExpertGradients, TokenLoss, TokenLossScale};
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
 
@@ -18,6 +19,10 @@ pub use self::stage::{Stage, StageForward};
 pub use self::store::{ParameterStore, Unit, Whole};
 use crate::data::{Batch, BatchLayout};
 use crate::error::Result;
+use crate::optim::{Optimizer, StepFactors};
+
+/// Gradients by canonical key that are not multiplied out.
+pub type DeferredGradients = BTreeMap<String, DeferredGradient>;
 
 /// Gradients by canonical key, flat, summed over micro-batches in f32; those of a single micro-batch stay in the dtype
 /// that they were computed in.
@@ -322,10 +327,10 @@ pub fn evaluate_from(
 /// is final, so that only one part's gradient exists at a time; returns the model, what was measured, and the norm of
 /// the gradient.
 ///
-/// Of recomputed activations one layer's exist at a time as well.
+/// Of recomputed activations one layer's exist at a time as well. The gradients of experts' weights are never written where
+/// the optimizer [can do without](Optimizer::takes_deferred): each block of them moves its part of the weight.
 ///
-/// `update` gets the model and the gradients of one part. Nothing is updated when the loss is no finite number, and
-/// nothing more once a gradient is none.
+/// Nothing is updated when the loss is no finite number, and nothing more once a gradient is none.
 ///
 /// # Errors
 /// Inputs that the model refuses.
@@ -334,25 +339,71 @@ pub fn update_in_backward(
     batch: &LabelledInputs,
     scale: LossScale,
     activations: Activations,
-    mut update: impl FnMut(Mistral4, &mut Gradients) -> Mistral4,
+    optimizer: &mut Optimizer,
+    factors: StepFactors,
 ) -> Result<(Mistral4, MicroBatchLoss, f64)> {
     let mut gradients = Gradients::default();
     let whole = Stage::whole(&model, activations);
     let mut pass = whole.forward(&mut Whole::new(&model, &mut gradients), batch, None)?;
+    optimizer.begin_step();
     let mut squares = 0.0;
-    let mut take = |model: Mistral4, gradients: &mut Gradients| {
+    let mut take = |optimizer: &mut Optimizer, model: Mistral4, gradients: &mut Gradients, deferred| {
         squares += gradients.norm().powi(2);
-        if f64::is_finite(squares) { update(model, gradients) } else { model }
+        if !f64::is_finite(squares) {
+            return model;
+        }
+        let model = optimizer.apply(model, gradients, factors);
+        let (model, more) = optimizer.apply_deferred(model, deferred, factors);
+        squares += more;
+        model
     };
     pass.head(&mut Whole::new(&model, &mut gradients), batch, scale);
     if !pass.measured.loss_sum.is_finite() {
         return Ok((model, pass.measured, f64::NAN));
     }
-    model = take(model, &mut gradients);
-    while pass.layer(&mut Whole::new(&model, &mut gradients), scale) {
-        model = take(model, &mut gradients);
+    model = take(optimizer, model, &mut gradients, DeferredGradients::new());
+    while let Some(index) = pass.next_layer() {
+        let experts = Experts::of(&model, index).filter(|experts| experts.suit(optimizer));
+        experts.iter().for_each(|experts| experts.deferral.open());
+        pass.layer(&mut Whole::new(&model, &mut gradients), scale);
+        let deferred = experts.map(Experts::take).unwrap_or_default();
+        model = take(optimizer, model, &mut gradients, deferred);
     }
     pass.front(&mut Whole::new(&model, &mut gradients), batch)?;
-    model = take(model, &mut gradients);
+    model = take(optimizer, model, &mut gradients, DeferredGradients::new());
     Ok((model, pass.measured, squares.sqrt()))
+}
+
+/// The routed experts of a layer whose gradients may stay products.
+struct Experts {
+    keys: [String; 2],
+    shapes: [[usize; 3]; 2],
+    device: Device,
+    deferral: Deferral,
+}
+
+impl Experts {
+    fn of(model: &Mistral4, index: usize) -> Option<Self> {
+        let text = model.text();
+        let FeedForward::Moe(moe) = &text.model.layers[index].mlp else { return None };
+        let experts = &moe.experts;
+        let prefix = format!("{}model.layers.{index}.mlp.experts", model.text_prefix());
+        Some(Self {
+            keys: ["gate_up_proj", "down_proj"].map(|name| format!("{prefix}.{name}")),
+            shapes: [experts.gate_up_proj.dims(), experts.down_proj.dims()],
+            device: text.model.norm.weight.device(),
+            deferral: experts.deferral.clone(),
+        })
+    }
+
+    fn suit(&self, optimizer: &Optimizer) -> bool {
+        let mut weights = self.keys.iter().zip(&self.shapes);
+        weights.all(|(key, shape)| optimizer.takes_deferred(key, shape, &self.device))
+    }
+
+    /// What the layer's backward pass left.
+    fn take(self) -> DeferredGradients {
+        let Some(ExpertGradients { gate_up, down }) = self.deferral.close() else { return BTreeMap::new() };
+        self.keys.into_iter().zip([gate_up, down]).collect()
+    }
 }

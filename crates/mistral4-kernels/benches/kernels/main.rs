@@ -7,12 +7,13 @@ mod packed;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mistral4_kernels::{
-    Activation, AdamW, AdamW8bitState, AdamWState, Attention, AttentionDims, AttentionGrads, AttentionSaved,
-    BLOCK_8BIT, Bits, DynamicMap, Element, ExpertDims, ExpertGrads, Experts, LinearDims, Quantized8bit,
-    QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims, adamw_step, adamw_step_8bit,
-    adamw_step_master, attention, attention_backward, bf16, linear, linear_backward_input,
-    linear_backward_weight, moe_experts, moe_experts_backward, moe_experts_keeping, peak_bf16_gflops,
-    peak_f32_gflops, quantized_experts, quantized_linear, read_bandwidth, sum_of_squares,
+    Activation, AdamW, AdamW8bitState, AdamWState, AdamWWeight, Attention, AttentionDims, AttentionGrads,
+    AttentionSaved, BLOCK_8BIT, Bits, DynamicMap, Element, ExpertDims, ExpertGrads, Experts, LinearDims,
+    Quantized8bit, QuantizedExperts, QuantizedMatrix, Scheme, Segment, StackDims, adamw_step,
+    adamw_step_8bit, adamw_step_master, attention, attention_backward, bf16, linear, linear_backward_input,
+    linear_backward_weight, moe_experts, moe_experts_backward, moe_experts_backward_deferring,
+    moe_experts_keeping, peak_bf16_gflops, peak_f32_gflops, quantized_experts, quantized_linear,
+    read_bandwidth, sum_of_squares,
 };
 use std::time::Duration;
 
@@ -63,18 +64,19 @@ fn matvec<T: Element>(c: &mut Criterion) {
     }
 }
 
+const HYPER: AdamW = AdamW {
+    lr: 1e-4,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    decoupled_weight_decay: true,
+    grad_scale: 0.5,
+};
+
 /// One step of AdamW over 32 Mi parameters; throughput is in bytes read and written at least.
 fn optimizer(c: &mut Criterion) {
     const LEN: usize = 32 << 20;
-    let hyper = AdamW {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        decoupled_weight_decay: true,
-        grad_scale: 0.5,
-    };
     let mut group = c.benchmark_group("optimizer");
     let (mut param, grad) = (values::<f32>(LEN), values::<f32>(LEN));
     let mut rounded = vec![bf16::ZERO; LEN];
@@ -85,7 +87,7 @@ fn optimizer(c: &mut Criterion) {
     group.bench_function("f32", |b| {
         b.iter(|| {
             let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
-            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+            adamw_step(&HYPER, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
         });
     });
     // The same with a copy of the parameter before and one thread that rounds after, as the trainer once did.
@@ -94,7 +96,7 @@ fn optimizer(c: &mut Criterion) {
         b.iter(|| {
             let mut copy = param.clone();
             let (param, exp_avg, exp_avg_sq) = (&mut copy[..], &mut m[..], &mut v[..]);
-            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+            adamw_step(&HYPER, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
             copy.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()
         });
     });
@@ -102,7 +104,7 @@ fn optimizer(c: &mut Criterion) {
         b.iter(|| {
             let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
             let state = AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq };
-            adamw_step_master(&hyper, 3, &mut rounded, state);
+            adamw_step_master(&HYPER, 3, &mut rounded, state);
         });
     });
     drop((m, v));
@@ -111,7 +113,7 @@ fn optimizer(c: &mut Criterion) {
     group.bench_function("bf16 moments", |b| {
         b.iter(|| {
             let (param, exp_avg, exp_avg_sq) = (&mut param[..], &mut m[..], &mut v[..]);
-            adamw_step(&hyper, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+            adamw_step(&HYPER, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
         });
     });
     group.throughput(Throughput::Bytes(14 * LEN as u64));
@@ -119,7 +121,17 @@ fn optimizer(c: &mut Criterion) {
     group.bench_function("all bf16", |b| {
         b.iter(|| {
             let (param, exp_avg, exp_avg_sq) = (&mut rounded[..], &mut m[..], &mut v[..]);
-            adamw_step(&hyper, 3, AdamWState { param, grad: &rounded_grad[..], exp_avg, exp_avg_sq });
+            adamw_step(&HYPER, 3, AdamWState { param, grad: &rounded_grad[..], exp_avg, exp_avg_sq });
+        });
+    });
+    // What computing alone takes.
+    const CACHED: usize = 1 << 17;
+    group.throughput(Throughput::Bytes(14 * CACHED as u64));
+    group.bench_function("all bf16, in the cache", |b| {
+        b.iter(|| {
+            let (param, grad) = (&mut rounded[..CACHED], &rounded_grad[..CACHED]);
+            let (exp_avg, exp_avg_sq) = (&mut m[..CACHED], &mut v[..CACHED]);
+            adamw_step(&HYPER, 3, AdamWState { param, grad, exp_avg, exp_avg_sq });
         });
     });
     drop((m, v));
@@ -135,9 +147,23 @@ fn optimizer(c: &mut Criterion) {
                 exp_avg: Quantized8bit { codes: &mut m, absmax: &mut m_absmax },
                 exp_avg_sq: Quantized8bit { codes: &mut v, absmax: &mut v_absmax },
             };
-            adamw_step_8bit(&hyper, 3, state);
+            adamw_step_8bit(&HYPER, 3, state);
         });
     });
+}
+
+/// A weight in bf16 with moments in bf16.
+struct State([Vec<bf16>; 3]);
+
+impl State {
+    fn of(weight: &[bf16]) -> Self {
+        Self([weight.to_vec(), vec![bf16::ZERO; weight.len()], vec![bf16::ZERO; weight.len()]])
+    }
+
+    fn weight(&mut self) -> AdamWWeight<'_, bf16, bf16> {
+        let [param, exp_avg, exp_avg_sq] = &mut self.0;
+        AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq }
+    }
 }
 
 fn experts(c: &mut Criterion) {
@@ -185,6 +211,30 @@ fn experts(c: &mut Criterion) {
                             down: Some(&mut ddown[..]),
                         };
                         moe_experts_backward(&input, &kept, &x, grads);
+                    });
+                });
+                let [mut gate_up_state, mut down_state] = [&gate_up, &down].map(|w| State::of(w));
+                group.bench_function(BenchmarkId::new(format!("backward, then step/{size}"), tokens), |b| {
+                    b.iter(|| {
+                        let grads = ExpertGrads {
+                            x: Some(&mut dx[..]),
+                            weights: Some(&mut dweights[..]),
+                            gate_up: Some(&mut dgate_up[..]),
+                            down: Some(&mut ddown[..]),
+                        };
+                        moe_experts_backward(&input, &kept, &x, grads);
+                        for (state, grad) in [(&mut gate_up_state, &dgate_up), (&mut down_state, &ddown)] {
+                            let AdamWWeight { param, exp_avg, exp_avg_sq, .. } = state.weight();
+                            adamw_step(&HYPER, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });
+                        }
+                    });
+                });
+                group.bench_function(BenchmarkId::new(format!("backward with step/{size}"), tokens), |b| {
+                    b.iter(|| {
+                        let (dx, dweights) = (Some(&mut dx[..]), Some(&mut dweights[..]));
+                        let [gate_up, down] = moe_experts_backward_deferring(&input, &kept, &x, dx, dweights);
+                        gate_up.step(&HYPER, 3, gate_up_state.weight())
+                            + down.step(&HYPER, 3, down_state.weight())
                     });
                 });
             }

@@ -1,17 +1,16 @@
 //! Backward pass of the routed experts.
+use super::deferred::DeferredGradient;
 use super::forward::{activate, gelu_tanh_argument, scatter};
 use super::groups::Groups;
+use super::weights::SortedRows;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
-use crate::gemm::{
-    Bf16Pair, MR, NR, Panel, Piece, Stretch, Target, TileOut, pack_rows, pairs, panels, task_columns,
-    task_target, tiles, write_rows,
-};
+use crate::gemm::{Bf16Pair, NR, Panel, Stretch, Target, pack_rows, pairs, panels, task_columns, write_rows};
 use crate::isa::Isa;
 use crate::parallel::{self, Shared};
-use crate::scratch::{self, Scratch};
-use crate::vector::{LANES, convert, erf, exp, per_isa, reduce, sigmoid, tanh};
+use crate::vector::{LANES, erf, exp, per_isa, reduce, sigmoid, tanh};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Panels of one task where weights are read along their rows: long pieces, so that memory delivers fast.
 const WIDE: usize = 16;
@@ -46,21 +45,36 @@ pub fn moe_experts_backward<X: Element, W: Element, I: Index>(
     dout: &[X],
     grads: ExpertGrads<'_, X, W>,
 ) {
+    let ExpertGrads { x, weights, gate_up: dgate_up, down } = grads;
+    let deferred = moe_experts_backward_deferring(experts, gate_up, dout, x, weights);
+    for (gradient, out) in deferred.iter().zip([dgate_up, down]) {
+        if let Some(out) = out {
+            gradient.write(out);
+        }
+    }
+}
+
+/// As [`moe_experts_backward`], but gives the gradients of gate and up and of down as products.
+///
+/// # Panics
+/// As [`moe_experts_backward`].
+pub fn moe_experts_backward_deferring<X: Element, W: Element, I: Index>(
+    experts: &Experts<'_, X, W, I>,
+    gate_up: &[X],
+    dout: &[X],
+    dx: Option<&mut [X]>,
+    dweights: Option<&mut [f32]>,
+) -> [DeferredGradient<X>; 2] {
     experts.check();
     assert_eq!(dout.len(), experts.x.len(), "dout is [T, D]");
-    let check = |len: Option<usize>, expected: usize, name: &str| {
-        assert!(len.is_none_or(|len| len == expected), "the gradient of {name} has its shape");
-    };
-    check(grads.x.as_ref().map(|g| g.len()), experts.x.len(), "x");
-    check(grads.weights.as_ref().map(|g| g.len()), experts.weights.len(), "weights");
-    check(grads.gate_up.as_ref().map(|g| g.len()), experts.gate_up.len(), "gate_up");
-    check(grads.down.as_ref().map(|g| g.len()), experts.down.len(), "down");
+    assert!(dx.as_ref().is_none_or(|dx| dx.len() == experts.x.len()), "dx is [T, D]");
+    assert!(dweights.as_ref().is_none_or(|d| d.len() == experts.weights.len()), "dweights is [T, K]");
     assert_eq!(gate_up.len(), experts.indices.len() * 2 * experts.dims.inter, "gate_up is [T * K, 2F]");
     let isa = Isa::active();
     if pairs::<X, W>(isa) {
-        backward::<Bf16Pair, X, W, I>(isa, experts, gate_up, dout, grads);
+        backward::<Bf16Pair, X, W, I>(isa, experts, gate_up, dout, dx, dweights)
     } else {
-        backward::<f32, X, W, I>(isa, experts, gate_up, dout, grads);
+        backward::<f32, X, W, I>(isa, experts, gate_up, dout, dx, dweights)
     }
 }
 
@@ -69,8 +83,9 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
     experts: &Experts<'_, X, W, I>,
     gate_up: &[X],
     dout: &[X],
-    grads: ExpertGrads<'_, X, W>,
-) {
+    dx: Option<&mut [X]>,
+    dweights: Option<&mut [f32]>,
+) -> [DeferredGradient<X>; 2] {
     let ExpertDims { hidden, inter, .. } = experts.dims;
     let groups = experts.groups();
     let dout_row = |token: usize| &dout[token * hidden..][..hidden];
@@ -90,9 +105,9 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
         };
         rows_product(isa, &groups, &dout, [hidden, inter], memory, pack)
     };
-    differentiate(isa, experts, &groups, &mut gate_up, &mut inner, grads.weights);
+    differentiate(isa, experts, &groups, &mut gate_up, &mut inner, dweights);
 
-    if let Some(dx) = grads.x {
+    if let Some(dx) = dx {
         let left = groups.pack_left::<P, f32>(isa, 2 * inter, |row| gate_up.row(row));
         scatter(
             isa,
@@ -114,49 +129,11 @@ fn backward<P: Panel, X: Element, W: Element, I: Index>(
             |_| 1.0,
         );
     }
-    if let Some(dgate_up) = grads.gate_up {
-        let left = |row: usize| gate_up.row(row);
-        let right = |row: usize| experts.x_row(groups.token(row));
-        weight_product::<P, _, _, _>(isa, &groups, [2 * inter, hidden], left, right, dgate_up);
-    }
-    if let Some(ddown) = grads.down {
-        let left = |row: usize| dout_row(groups.token(row));
-        let right = |row: usize| inner.row(row);
-        weight_product::<P, _, _, _>(isa, &groups, [hidden, inter], left, right, ddown);
-    }
-}
-
-/// One row for each sorted row; rows lie an odd number of cache lines apart, so that columns of neighbouring
-/// rows do not compete for the same part of the cache.
-struct SortedRows {
-    data: Scratch<f32>,
-    columns: usize,
-    stride: usize,
-}
-
-impl SortedRows {
-    fn new(rows: usize, columns: usize) -> Self {
-        let stride = 16 * (columns.div_ceil(16) | 1);
-        Self { data: scratch::take(rows * stride), columns, stride }
-    }
-
-    /// The rows of `[rows, columns]` values.
-    fn widened<X: Element>(isa: Isa, values: &[X], columns: usize) -> Self {
-        let mut out = Self::new(values.len().checked_div(columns).unwrap_or(0), columns);
-        let (stride, shared) = (out.stride, Shared::new(&mut out.data));
-        parallel::for_each_chunk(values.len() / columns.max(1), 16, |rows| {
-            for row in rows {
-                // SAFETY: each task owns its rows.
-                let to = unsafe { shared.slice(row * stride..row * stride + columns) };
-                convert(isa, &values[row * columns..][..columns], to);
-            }
-        });
-        out
-    }
-
-    fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.stride..][..self.columns]
-    }
+    let groups = Arc::new(groups);
+    [
+        DeferredGradient::gate_up(groups.clone(), experts.dims, gate_up, experts.x),
+        DeferredGradient::down(groups, experts.dims, dout, inner),
+    ]
 }
 
 /// Product of packed sorted rows with a matrix of each expert, wide pieces of whose rows are packed at once; `memory` and
@@ -185,64 +162,6 @@ fn rows_product<P: Panel>(
         });
     });
     out
-}
-
-/// `out[e] = left[rows of e]^T right[rows of e]`, `[m, n]` for each expert, zero for unused experts.
-fn weight_product<'a, P: Panel, L: Element, R: Element, W: Element>(
-    isa: Isa,
-    groups: &Groups,
-    [m, n]: [usize; 2],
-    left: impl Fn(usize) -> &'a [L] + Sync + Send,
-    right: impl Fn(usize) -> &'a [R] + Sync + Send,
-    out: &mut [W],
-) {
-    let mut used = vec![None; out.len().checked_div(m * n).unwrap_or(0)];
-    for (expert, rows) in &groups.used {
-        used[*expert] = Some(rows.clone());
-    }
-    let parts = task_target().div_ceil(groups.used.len().max(1)).min(m.div_ceil(MR)).max(1);
-    let out = Shared::new(out);
-    parallel::for_each(used.len() * parts, |task| {
-        let (expert, part) = (task / parts, task % parts);
-        let outputs = m * part / parts..m * (part + 1) / parts;
-        let first = (expert * m + outputs.start) * n;
-        let Some(rows) = used[expert].clone() else {
-            // SAFETY: each task owns its rows of one expert.
-            unsafe { out.slice(first..first + outputs.len() * n) }.fill(W::default());
-            return;
-        };
-        let depth = rows.len();
-        let steps = depth.div_ceil(P::STEP);
-        let mut packed = scratch::take::<P>(outputs.len() * steps);
-        for tile in tiles(0..outputs.len()) {
-            let row = |k: usize| &left(rows.start + k)[outputs.start + tile.start..];
-            let out = &mut packed[tile.start * steps..tile.end * steps];
-            pack_rows(isa, depth, [tile.len(), tile.len()], row, out);
-        }
-        let width = 4 * NR;
-        let mut panels = scratch::take::<P>(width * steps);
-        let mut sums = [0.0f32; MR * NR];
-        for start in (0..n).step_by(width) {
-            let columns = width.min(n - start);
-            let panels = &mut panels[..columns.next_multiple_of(NR) * steps];
-            let row = |k: usize| &right(rows.start + k)[start..];
-            pack_rows(isa, depth, [columns, columns.next_multiple_of(NR)], row, panels);
-            for (i, panel) in panels.chunks_exact(steps * NR).enumerate() {
-                let start = start + i * NR;
-                for tile in tiles(0..outputs.len()) {
-                    let sums = &mut sums[..tile.len() * NR];
-                    let left = &packed[tile.start * steps..tile.end * steps];
-                    let tile_out = TileOut { ptr: sums.as_mut_ptr(), stride: NR, accumulate: false };
-                    // SAFETY: `sums` holds the tile's rows of `NR` floats.
-                    unsafe { P::tile(isa, tile.len(), left, panel, tile_out, Piece::NONE) };
-                    let first = first + tile.start * n + start;
-                    let target = Target { first, stride: n, columns: NR.min(n - start) };
-                    // SAFETY: each task owns its rows of one expert.
-                    unsafe { write_rows(isa, sums, out, target, false) };
-                }
-            }
-        }
-    });
 }
 
 /// Turns gate and up into their gradients, and the inner gradient into the weighted inner activation.

@@ -4,14 +4,17 @@
 //! all experts for its columns: tasks are equal however uneven the routing is, and the contributions to one
 //! token are always added in the order of experts.
 mod backward;
+mod deferred;
 mod few;
 mod forward;
 mod gated;
 mod grouped;
 mod groups;
 mod packed;
+mod weights;
 
-pub use backward::{ExpertGrads, moe_experts_backward};
+pub use backward::{ExpertGrads, moe_experts_backward, moe_experts_backward_deferring};
+pub use deferred::DeferredGradient;
 pub(crate) use forward::{add_scaled, gate_slices, gates_and_ups};
 pub use forward::{moe_experts, moe_experts_keeping};
 pub use gated::{gated, gated_backward};
@@ -20,6 +23,7 @@ pub use grouped::{
 };
 pub(crate) use groups::Groups;
 pub use packed::{PackedExperts, packed_experts};
+pub(crate) use weights::{Block, Sink};
 
 use crate::element::{Element, Index};
 use forward::Tokens;

@@ -103,7 +103,7 @@ fn multiply<P: Panel>(
     let right = |expert: usize| weight.panels(expert, panels.clone());
     let product = |expert: usize, rows: Range<usize>, next: Option<usize>, sums: &mut [f32]| {
         let next = next.map_or(Stretch::NONE, |expert| Stretch::all(right(expert)));
-        let mut next = Upcoming::new([next, Stretch::NONE], panels.len() * tiles(rows.clone()).count());
+        let mut next = Upcoming::new(&[next], panels.len() * tiles(rows.clone()).count());
         let right = right(expert).chunks_exact(weight.panel_len().max(1));
         multiply_packed(isa, left, rows, depth, right, &mut next, sums);
     };

@@ -371,7 +371,7 @@ pub(crate) fn multiply_rows<P: Panel>(
         if first.is_multiple_of(unit) {
             let now = part(first, unit);
             let next = if now.end < left.depth { memory(part(now.end, unit)) } else { next };
-            upcoming = Upcoming::new(next, tiles * now.len().div_ceil(block));
+            upcoming = Upcoming::new(&next, tiles * now.len().div_ceil(block));
         }
         let depth = part(first, block);
         let steps = first / P::STEP..depth.end.div_ceil(P::STEP);

@@ -188,7 +188,7 @@ fn multiply<P: Panel, X: Element, Y: Element>(
             let mut next = match rows.len() > MR && panel + 1 < panels(outputs) {
                 true => {
                     let next = Stretch::all(weight.panels(0, panel + 1..panel + 2));
-                    Upcoming::new([next, Stretch::NONE], rows.len().div_ceil(MR))
+                    Upcoming::new(&[next], rows.len().div_ceil(MR))
                 }
                 // What passes by once is fetched as fast without being asked for.
                 false => Upcoming::none(),

@@ -27,9 +27,14 @@ impl Stretch {
     }
 
     /// So many rows of `width` values, `stride` values apart.
-    pub(crate) fn rows<T: Plain>(values: &[T], [rows, width, stride]: [usize; 3]) -> Self {
+    pub(crate) fn rows<T: Plain>(values: &[T], shape: [usize; 3]) -> Self {
+        Self::at(values.as_ptr(), shape)
+    }
+
+    /// As [`Stretch::rows`], from an address on.
+    pub(crate) fn at<T: Plain>(first: *const T, [rows, width, stride]: [usize; 3]) -> Self {
         let width = (width * size_of::<T>()).div_ceil(LINE).max(1);
-        Self { first: values.as_ptr().cast(), rows, width, stride: stride * size_of::<T>() }
+        Self { first: first.cast(), rows, width, stride: stride * size_of::<T>() }
     }
 
     fn lines(&self) -> usize {
@@ -37,10 +42,15 @@ impl Stretch {
     }
 }
 
+/// Most stretches that are fetched together: a weight, its rounded copy, and two moments.
+const PARTS: usize = 4;
+
 /// Memory that later products read, of which every tile until then fetches a piece.
 pub(crate) struct Upcoming {
-    parts: [Stretch; 2],
-    /// Lines of the first part that are fetched already.
+    parts: [Stretch; PARTS],
+    /// The part that is being fetched.
+    part: usize,
+    /// Lines of it that are fetched already.
     fetched: usize,
     /// Lines of a piece.
     piece: usize,
@@ -48,26 +58,29 @@ pub(crate) struct Upcoming {
 
 impl Upcoming {
     pub(crate) fn none() -> Self {
-        Self::new([Stretch::NONE; 2], 1)
+        Self::new(&[], 1)
     }
 
-    /// Two stretches of memory, fetched while `tiles` tiles are multiplied.
-    pub(crate) fn new(parts: [Stretch; 2], tiles: usize) -> Self {
-        let lines = parts.map(|part| part.lines());
-        // A piece lies in one part, so that one more of them is short where there are two.
-        let whole = if lines.contains(&0) { tiles } else { tiles.saturating_sub(1) };
-        Self { parts, fetched: 0, piece: (lines[0] + lines[1]).div_ceil(whole.max(1)) }
+    /// Some stretches of memory, fetched while `tiles` tiles are multiplied.
+    pub(crate) fn new(memory: &[Stretch], tiles: usize) -> Self {
+        let mut parts = [Stretch::NONE; PARTS];
+        parts[..memory.len()].copy_from_slice(memory);
+        let lines: usize = memory.iter().map(Stretch::lines).sum();
+        // A piece lies in one part, so that the last one of each part is short.
+        let more = memory.iter().filter(|part| part.lines() > 0).count().saturating_sub(1);
+        Self { parts, part: 0, fetched: 0, piece: lines.div_ceil(tiles.saturating_sub(more).max(1)) }
     }
 
     /// What the next tile is to fetch.
-    pub(super) fn piece(&mut self) -> Piece {
-        if self.fetched == self.parts[0].lines() {
-            self.parts = [self.parts[1], Stretch::NONE];
+    pub(crate) fn piece(&mut self) -> Piece {
+        while self.part + 1 < PARTS && self.fetched == self.parts[self.part].lines() {
+            self.part += 1;
             self.fetched = 0;
         }
-        let Stretch { first, width, stride, .. } = self.parts[0];
+        let part = &self.parts[self.part];
+        let Stretch { first, width, stride, .. } = *part;
         let (row, column) = (self.fetched / width, self.fetched % width);
-        let lines = self.piece.min(self.parts[0].lines() - self.fetched);
+        let lines = self.piece.min(part.lines() - self.fetched);
         self.fetched += lines;
         Piece {
             next: first.wrapping_add(row * stride + column * LINE),
@@ -94,6 +107,12 @@ pub(crate) struct Piece {
 impl Piece {
     /// No lines.
     pub(crate) const NONE: Self = Self { next: std::ptr::null(), lines: 0, left: 1, width: 1, jump: 0 };
+
+    /// Asks for all lines at once.
+    pub(crate) fn fetch(self) {
+        #[cfg(target_arch = "x86_64")]
+        Fetch::new(self, 0);
+    }
 }
 
 /// Memory that a later tile reads, fetched a line a step: many requests at once would keep this tile's own waiting.
@@ -165,10 +184,12 @@ mod tests {
             stride: stride * LINE,
         };
         let shapes = [[0, 1, 0], [1, 7, 7], [5, 1, 3], [16, 16, 32], [3, 4, 4]];
-        for parts in shapes.iter().flat_map(|a| shapes.iter().map(|b| [part(1 << 20, *a), part(1 << 30, *b)]))
-        {
-            for tiles in [2, 3, 10, 1000] {
-                let mut upcoming = Upcoming::new(parts, tiles);
+        let two =
+            shapes.iter().flat_map(|a| shapes.iter().map(|b| vec![part(1 << 20, *a), part(1 << 30, *b)]));
+        let four = (0..PARTS).map(|i| part((i + 1) << 20, shapes[i + 1])).collect();
+        for parts in two.chain([four]) {
+            for tiles in [4, 5, 10, 1000] {
+                let mut upcoming = Upcoming::new(&parts, tiles);
                 let mut got = Vec::new();
                 for _ in 0..tiles {
                     let mut fetch = Fetch::new(upcoming.piece(), usize::MAX);

@@ -61,7 +61,7 @@ pub struct AdamW8bitState<'a, P, G> {
 
 /// The constants of one step.
 #[derive(Clone, Copy)]
-struct Coefficients {
+pub(super) struct Coefficients {
     grad_scale: f32,
     penalty: f32,
     keep: f32,
@@ -76,7 +76,7 @@ struct Coefficients {
 }
 
 impl AdamW {
-    fn coefficients(&self, step: u64) -> Coefficients {
+    pub(super) fn coefficients(&self, step: u64) -> Coefficients {
         assert!(step >= 1, "steps count from 1");
         let power = |beta: f64| beta.powf(step as f64);
         let decay = self.weight_decay;
@@ -181,7 +181,7 @@ pub fn adamw_step_master<G: Element, S: Element>(
 }
 
 per_isa! {
-    fn step_chunk<P: Element, G: Element, S: Element>(c: Coefficients, start: u32, state: AdamWState<'_, P, G, S>)
+    pub(super) fn step_chunk<P: Element, G: Element, S: Element>(c: Coefficients, start: u32, state: AdamWState<'_, P, G, S>)
         = step_chunk_body;
 }
 

@@ -1,9 +1,10 @@
 //! Routed experts against the plain twin.
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
-    Activation, Element, ExpertDims, ExpertGrads, Experts, GemmDims, GroupedLinearDims, Index, Matrix,
-    MatrixMut, bf16, grouped_linear, grouped_linear_backward_input, grouped_linear_backward_weight,
-    moe_experts, moe_experts_backward, moe_experts_keeping, reference,
+    Activation, AdamW, AdamWState, AdamWWeight, DeferredGradient, Element, ExpertDims, ExpertGrads, Experts,
+    GemmDims, GroupedLinearDims, Index, Matrix, MatrixMut, adamw_step, bf16, grouped_linear,
+    grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts, moe_experts_backward,
+    moe_experts_backward_deferring, moe_experts_keeping, reference,
 };
 
 const SIZES: [ExpertDims; 6] = [
@@ -132,6 +133,123 @@ fn bf16_experts() {
     on_each_isa(|_| {
         compare::<bf16, bf16, i64>(|i| i as i64);
         compare::<f32, bf16, i32>(|i| i as i32);
+    });
+}
+
+/// A weight with its moments, after some steps.
+#[derive(Clone, PartialEq, Debug)]
+struct Weight<V, S> {
+    param: Vec<V>,
+    rounded: Option<Vec<bf16>>,
+    exp_avg: Vec<S>,
+    exp_avg_sq: Vec<S>,
+}
+
+impl<V: Element, S: Element> Weight<V, S> {
+    fn new(param: &[V], with_rounded: bool) -> Self {
+        let mut random = Random::new(99);
+        let squares: Vec<f32> = random.values(param.len(), 0.3);
+        Self {
+            param: param.to_vec(),
+            rounded: with_rounded.then(|| poison(param.len())),
+            exp_avg: random.values(param.len(), 0.3),
+            exp_avg_sq: squares.iter().map(|x| S::from_f32(x * x)).collect(),
+        }
+    }
+
+    fn all(&mut self) -> AdamWWeight<'_, V, S> {
+        AdamWWeight {
+            param: &mut self.param,
+            rounded: self.rounded.as_deref_mut(),
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+        }
+    }
+}
+
+const HYPER: AdamW = AdamW {
+    lr: 1e-2,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    decoupled_weight_decay: true,
+    grad_scale: 0.5,
+};
+
+/// A weight that moves while its gradient is multiplied out ends where the written gradient would move it.
+fn steps_with_products<X: Element + PartialEq, S: Element + PartialEq>(with_rounded: bool) {
+    let dims = [SIZES[2], SIZES[5], ExpertDims { tokens: 40, top_k: 2, experts: 3, hidden: 2085, inter: 40 }];
+    for dims in dims {
+        let case = Case::<X, X, i32>::new(dims, |i| i as i32);
+        let (input, kept) = (case.input(Activation::Silu), case.kept(Activation::Silu));
+        let (mut got, mut want) = (Grads::<X, X>::new(&case), Grads::<X, X>::new(&case));
+        moe_experts_backward(&input, &kept, &case.dout, want.all());
+        let (dx, dweights) = (Some(&mut got.x[..]), Some(&mut got.weights[..]));
+        let deferred = moe_experts_backward_deferring(&input, &kept, &case.dout, dx, dweights);
+        assert_eq!((&got.x, &got.weights), (&want.x, &want.weights), "{dims:?}");
+        for (gradient, param) in deferred.iter().zip([&case.gate_up, &case.down]) {
+            let mut exact = poison::<f32>(param.len());
+            gradient.write(&mut exact);
+            let full: Vec<f32> = param.iter().map(|x| x.to_f32()).collect();
+            if with_rounded {
+                compare_step(gradient, &exact, Weight::<f32, S>::new(&full, true));
+            } else {
+                compare_step(gradient, &exact, Weight::<X, S>::new(param, false));
+            }
+        }
+    }
+}
+
+fn compare_step<X: Element, V: Element + PartialEq, S: Element + PartialEq>(
+    gradient: &DeferredGradient<X>,
+    exact: &[f32],
+    weight: Weight<V, S>,
+) {
+    let (mut got, mut want) = (weight.clone(), weight);
+    let squares = gradient.step(&HYPER, 3, got.all());
+    let AdamWWeight { param, rounded, exp_avg, exp_avg_sq } = want.all();
+    adamw_step(&HYPER, 3, AdamWState { param: &mut *param, grad: exact, exp_avg, exp_avg_sq });
+    if let Some(rounded) = rounded {
+        rounded.iter_mut().zip(param).for_each(|(rounded, x)| *rounded = bf16::from_f32(x.to_f32()));
+    }
+    assert!(got == want);
+    let want: f64 = exact.iter().map(|x| f64::from(*x).powi(2)).sum();
+    assert!((squares - want).abs() <= 1e-6 * want, "{squares} is not {want}");
+}
+
+#[test]
+fn weights_move_while_their_gradients_are_multiplied_out() {
+    on_each_isa(|_| {
+        steps_with_products::<f32, f32>(false);
+        steps_with_products::<bf16, f32>(true);
+        steps_with_products::<bf16, bf16>(true);
+        steps_with_products::<bf16, bf16>(false);
+    });
+}
+
+#[test]
+fn rows_whose_gradient_is_not_finite_stay() {
+    on_each_isa(|_| {
+        let mut case = Case::<f32, f32, i32>::new(SIZES[2], |i| i as i32);
+        let kept = case.kept(Activation::Silu);
+        let spoiled = 5;
+        case.dout[spoiled] = f32::INFINITY;
+        let input = case.input(Activation::Silu);
+        let [_, down] = moe_experts_backward_deferring(&input, &kept, &case.dout, None, None);
+        let before = Weight::<f32, f32>::new(&case.down, false);
+        let mut after = before.clone();
+        assert!(!down.step(&HYPER, 1, after.all()).is_finite());
+        assert!(after.param.iter().chain(&after.exp_avg).chain(&after.exp_avg_sq).all(|x| x.is_finite()));
+        let ExpertDims { hidden, inter, .. } = case.dims;
+        for expert in 0..case.dims.experts {
+            let is_met = case.indices[..case.dims.top_k].contains(&(expert as i32));
+            for row in 0..hidden {
+                let place = (expert * hidden + row) * inter..(expert * hidden + row + 1) * inter;
+                let stays = before.param[place.clone()] == after.param[place];
+                assert_eq!(stays, is_met && row == spoiled, "expert {expert}, row {row}");
+            }
+        }
     });
 }
 

@@ -309,6 +309,11 @@ impl StageForward {
         store.add(Unit::Head, gradients);
     }
 
+    /// The layer that [`StageForward::layer`] comes to.
+    pub(super) fn next_layer(&self) -> Option<usize> {
+        self.layers.last().map(|saved| saved.index)
+    }
+
     /// The gradients of the last layer that is left; false when there is none.
     pub(super) fn layer(&mut self, store: &mut dyn ParameterStore, scale: LossScale) -> bool {
         let Some(SavedLayer { index, from }) = self.layers.pop() else { return false };

@@ -2,7 +2,10 @@
 
 use burn::tensor::{DType, Element as BurnElement, Int, Tensor, TensorData};
 use half::bf16;
-use mistral4_kernels::{self as kernels, AdamW, AdamW8bitState, AdamWState, Element, Quantized8bit};
+use mistral4::ops::DeferredGradient;
+use mistral4_kernels::{
+    self as kernels, AdamW, AdamW8bitState, AdamWState, AdamWWeight, Element, Quantized8bit,
+};
 
 use super::{Moments, ParameterState, Quantized, Values};
 
@@ -20,11 +23,7 @@ pub(super) fn fused<G: Element>(
 ) -> ParameterState {
     let ParameterState { moments, master } = state;
     let mut master = master.map(Tensor::into_data);
-    let param = match (values, master.as_mut()) {
-        (Values::F32(values), _) => Param::F32(values),
-        (Values::Bf16(rounded), Some(master)) => Param::Master(slice(master), rounded),
-        (Values::Bf16(values), None) => Param::Bf16(values),
-    };
+    let param = Param::of(values, master.as_mut());
     let moments = match moments {
         Moments::Float { exp_avg, exp_avg_sq } => {
             let (dtype, device) = (exp_avg.dtype(), exp_avg.device());
@@ -60,6 +59,51 @@ pub(super) fn fused<G: Element>(
     ParameterState { moments, master }
 }
 
+/// As [`fused`], with a gradient that is multiplied out meanwhile; returns the sum of its squares as well.
+pub(super) fn deferred(
+    hyper: &AdamW,
+    step: u64,
+    state: ParameterState,
+    values: Values<'_>,
+    gradient: &DeferredGradient,
+) -> (ParameterState, f64) {
+    let ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master } = state else {
+        unreachable!("other moments are not stepped by products")
+    };
+    let (dtype, device) = (exp_avg.dtype(), exp_avg.device());
+    let (mut moments, mut master) =
+        ([exp_avg.into_data(), exp_avg_sq.into_data()], master.map(Tensor::into_data));
+    let param = Param::of(values, master.as_mut());
+    let squares = match dtype {
+        DType::BF16 => deferred_float::<bf16>(hyper, step, param, gradient, &mut moments),
+        _ => deferred_float::<f32>(hyper, step, param, gradient, &mut moments),
+    };
+    let [exp_avg, exp_avg_sq] = moments.map(|data| Tensor::from_data(data, (&device, dtype)));
+    let master = master.map(|data| Tensor::from_data(data, (&device, DType::F32)));
+    (ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master }, squares)
+}
+
+fn deferred_float<S: Element + BurnElement>(
+    hyper: &AdamW,
+    step: u64,
+    param: Param<'_>,
+    gradient: &DeferredGradient,
+    [exp_avg, exp_avg_sq]: &mut [TensorData; 2],
+) -> f64 {
+    let (exp_avg, exp_avg_sq) = (slice::<S>(exp_avg), slice::<S>(exp_avg_sq));
+    match param {
+        Param::F32(param) => {
+            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq })
+        }
+        Param::Bf16(param) => {
+            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq })
+        }
+        Param::Master(param, rounded) => {
+            gradient.step(hyper, step, AdamWWeight { param, rounded: Some(rounded), exp_avg, exp_avg_sq })
+        }
+    }
+}
+
 /// A parameter as the step changes it.
 enum Param<'a> {
     F32(&'a mut [f32]),
@@ -67,6 +111,16 @@ enum Param<'a> {
     Bf16(&'a mut [bf16]),
     /// The master, and the parameter that is rounded from it.
     Master(&'a mut [f32], &'a mut [bf16]),
+}
+
+impl<'a> Param<'a> {
+    fn of(values: Values<'a>, master: Option<&'a mut TensorData>) -> Self {
+        match (values, master) {
+            (Values::F32(values), _) => Param::F32(values),
+            (Values::Bf16(rounded), Some(master)) => Param::Master(slice(master), rounded),
+            (Values::Bf16(values), None) => Param::Bf16(values),
+        }
+    }
 }
 
 fn float<S: Element + BurnElement, G: Element>(

@@ -12,7 +12,7 @@ use mistral4::ops;
 use mistral4::weights::is_adapter;
 use mistral4_kernels::AdamW;
 
-use crate::backward::Gradients;
+use crate::backward::{DeferredGradients, Gradients};
 use crate::error::{Error, Result};
 use crate::recipe::{OptimizerConfig, OptimizerKind, StateDtype};
 pub use spread::Spread;
@@ -45,6 +45,17 @@ pub enum Values<'a> {
     F32(&'a mut [f32]),
     /// Rounded from the full precision that the optimizer remembers.
     Bf16(&'a mut [bf16]),
+}
+
+impl<'a> Values<'a> {
+    /// Those of a parameter's tensor.
+    fn of(data: &'a mut TensorData) -> Self {
+        match data.dtype() {
+            DType::F32 => Values::F32(data.as_mut_slice().expect("the data has the tensor's dtype")),
+            DType::BF16 => Values::Bf16(data.as_mut_slice().expect("the data has the tensor's dtype")),
+            other => panic!("parameters are f32 or bf16, not {other:?}"),
+        }
+    }
 }
 
 /// What a parameter is to the optimizer.
@@ -142,6 +153,43 @@ impl Optimizer {
         })
     }
 
+    /// Moves the parameters whose gradients are products, in the step that was begun, while these are multiplied out; returns the
+    /// sum of the gradients' squares.
+    ///
+    /// Rows whose gradient is not finite stay as they are; then the sum is not finite.
+    pub fn apply_deferred(
+        &mut self,
+        model: Mistral4,
+        mut gradients: DeferredGradients,
+        factors: StepFactors,
+    ) -> (Mistral4, f64) {
+        if gradients.is_empty() {
+            return (model, 0.0);
+        }
+        let mut squares = 0.0;
+        let model = model.map_parameters(|key, shape, values| {
+            let Some(gradient) = gradients.remove(key) else { return values };
+            let hyper = self.hyper(Group::of(key, shape), shape, factors);
+            let state = self.take(key, values.dims()[0], &values);
+            let (device, dtype) = (values.device(), values.dtype());
+            let mut data = values.into_data();
+            let (state, more) =
+                adam::deferred(&hyper, self.state.step, state, Values::of(&mut data), &gradient);
+            squares += more;
+            self.state.parameters.insert(key.to_owned(), state);
+            Tensor::from_data(data, (&device, dtype))
+        });
+        (model, squares)
+    }
+
+    /// Whether [`Optimizer::apply_deferred`] moves a parameter of this shape on `device`: Adam with float moments does, over a
+    /// parameter that is all here.
+    pub fn takes_deferred(&self, key: &str, shape: &[usize], device: &Device) -> bool {
+        ops::is_fused(device)
+            && self.spread.is_none()
+            && ParameterState::has_float_moments(&self.config, key, shape)
+    }
+
     /// Moves one parameter, or what this rank keeps of it, in the step that was begun; `values` and `gradient` are flat,
     /// the gradient f32 or bf16.
     ///
@@ -180,11 +228,7 @@ impl Optimizer {
         let state = self.take(key, elements, &values);
         let gradient = gradient.into_data();
         let mut data: TensorData = values.into_data();
-        let in_place = match dtype {
-            DType::F32 => Values::F32(data.as_mut_slice().expect("the data has the tensor's dtype")),
-            DType::BF16 => Values::Bf16(data.as_mut_slice().expect("the data has the tensor's dtype")),
-            other => panic!("parameters are f32 or bf16, not {other:?}"),
-        };
+        let in_place = Values::of(&mut data);
         let step = self.state.step;
         let state = match gradient.dtype() {
             DType::BF16 => adam::fused::<bf16>(&hyper, step, state, in_place, slice(&gradient)),

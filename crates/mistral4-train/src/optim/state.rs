@@ -204,6 +204,13 @@ impl ParameterState {
         whole.map(|(_, tensor)| tensor.len())
     }
 
+    /// Whether this configuration keeps Adam's moments of a parameter of this whole shape in f32 or bf16.
+    pub(super) fn has_float_moments(config: &OptimizerConfig, key: &str, shape: &[usize]) -> bool {
+        let is_muons = config.muon.is_some() && Group::of(key, shape) == Group::Matrix;
+        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
+        !is_muons && (config.state_dtype != StateDtype::Int8 || is_small)
+    }
+
     /// What [`ParameterState::kind`] says of a state that this configuration makes for a parameter of this whole shape.
     pub fn expected_kind(config: &OptimizerConfig, key: &str, shape: &[usize]) -> &'static str {
         let is_small = shape.iter().product::<usize>() < config.min_8bit_size;

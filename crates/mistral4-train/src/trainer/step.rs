@@ -131,10 +131,7 @@ pub(super) fn update_on_the_way(
     let label_tokens = batch.num_label_tokens;
     let scale = extras.scale(label_tokens, 1);
     let (inputs, rows) = extras.inputs(batch, step, device);
-    optimizer.begin_step();
-    let (model, part, norm) = update_in_backward(model, &inputs, scale, activations, |model, gradients| {
-        optimizer.apply(model, gradients, factors)
-    })?;
+    let (model, part, norm) = update_in_backward(model, &inputs, scale, activations, optimizer, factors)?;
     let mut measured = Measured::default();
     measured.add(rows, label_tokens, part, scale.aux);
     Ok((model, measured, norm))

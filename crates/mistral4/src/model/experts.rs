@@ -12,7 +12,7 @@ use crate::model::lora::{ExpertLora, ExpertOrder};
 use crate::model::weight::ExpertWeight;
 use crate::ops::packed::packed_experts;
 use crate::ops::quantized::{QuantizedExpertWeights, quantized_experts};
-use crate::ops::{self, Group};
+use crate::ops::{self, Deferral, Group};
 use crate::weights::Parameters;
 
 /// The routed experts, stacked, with low-rank adapters where there are any.
@@ -28,6 +28,9 @@ pub struct Experts {
     pub down_proj_lora: Option<ExpertLora>,
     #[module(skip)]
     pub(super) act: Activation,
+    /// Where the gradients of the weights may leave a backward pass as products, shared by clones.
+    #[module(skip)]
+    pub deferral: Deferral,
 }
 
 impl Experts {
@@ -44,6 +47,7 @@ impl Experts {
             gate_up_proj_lora: parameters.expert_lora("gate_up_proj", gate_up)?,
             down_proj_lora: parameters.expert_lora("down_proj", down)?,
             act: c.hidden_act,
+            deferral: Deferral::default(),
         })
     }
 
@@ -75,7 +79,10 @@ impl Experts {
             (ExpertWeight::Packed(gate_up), ExpertWeight::Packed(down)) => {
                 packed_experts(x, indices, weights, [&gate_up.weight, &down.weight], self.act)
             }
-            (gate_up, down) => ops::moe_experts(x, indices, weights, gate_up.val(), down.val(), self.act),
+            (gate_up, down) => {
+                let (gate_up, down) = (gate_up.val(), down.val());
+                ops::moe_experts(x, indices, weights, gate_up, down, self.act, &self.deferral)
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use mistral4_kernels::RouterDims;
 
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
+use super::{AttentionSpec, Deferral, MlaSpec, RopeSpec, TokenLossScale};
 
 /// Inputs of [`FusedOps::moe_experts`].
 #[derive(Debug, Clone)]
@@ -23,6 +23,7 @@ pub(super) struct MoeInputs<B: Backend> {
     pub(super) gate_up: FloatTensor<B>,
     pub(super) down: FloatTensor<B>,
     pub(super) activation: Activation,
+    pub(super) deferral: Deferral,
 }
 
 /// Inputs of [`FusedOps::moe_experts`], and the gates and ups on the way, kept for its backward pass.
@@ -140,6 +141,12 @@ pub(super) trait BackwardKernels: FusedOps {
         dout: FloatTensor<Self>,
         want: [bool; 4],
     ) -> [Option<FloatTensor<Self>>; 4];
+    /// Gradients of `(x, weights)`, each only if wanted; those of gate and up and of down go to the deferral.
+    fn moe_experts_backward_deferring(
+        saved: MoeSaved<Self>,
+        dout: FloatTensor<Self>,
+        want: [bool; 2],
+    ) -> [Option<FloatTensor<Self>>; 2];
     /// `dy[rows of e] W[e]`.
     fn grouped_linear_backward_input(
         dy: FloatTensor<Self>,
@@ -303,7 +310,12 @@ impl<B: BackwardKernels> Backward<B, 4> for MoeExperts {
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = grads.consume::<B>(&ops.node);
         let parents = ops.parents.map(|p| p.map(|p| p.id));
-        let want = std::array::from_fn(|i| parents[i].is_some());
+        let want: [bool; 4] = parents.map(|parent| parent.is_some());
+        let [x, weights, gate_up, down] = want;
+        if gate_up && down && ops.state.inputs.deferral.is_open() {
+            let gradients = B::moe_experts_backward_deferring(ops.state, dout, [x, weights]);
+            return register::<B, 2>([parents[0], parents[1]], gradients, grads);
+        }
         register::<B, 4>(parents, B::moe_experts_backward(ops.state, dout, want), grads);
     }
 }
@@ -518,18 +530,19 @@ impl<B: BackwardKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         gate_up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         activation: Activation,
+        deferral: Deferral,
     ) -> FloatTensor<Self> {
         let nodes = [x.node(), weights.node(), gate_up.node(), down.node()];
         let op = MoeExperts.prepare::<C>(nodes).compute_bound().stateful();
         let [x, weights, gate_up, down] = [x, weights, gate_up, down].map(|t| t.into_primitive());
         match op {
             OpsKind::Tracked(op) => {
-                let inputs = MoeInputs { x, indices, weights, gate_up, down, activation };
+                let inputs = MoeInputs { x, indices, weights, gate_up, down, activation, deferral };
                 let (out, saved) = B::moe_experts_keeping(inputs);
                 op.finish(saved, out)
             }
             OpsKind::UnTracked(op) => {
-                op.finish(B::moe_experts(x, indices, weights, gate_up, down, activation))
+                op.finish(B::moe_experts(x, indices, weights, gate_up, down, activation, deferral))
             }
         }
     }

@@ -9,7 +9,7 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels::RouterDims;
 
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLoss, TokenLossScale};
+use super::{AttentionSpec, Deferral, MlaSpec, RopeSpec, TokenLoss, TokenLossScale};
 
 /// Operations with kernels of their own; see the functions of the same names in [`super`].
 #[backend_extension(Flex, Autodiff)]
@@ -88,6 +88,7 @@ pub(super) trait FusedOps: Backend {
         gate_up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         activation: Activation,
+        deferral: Deferral,
     ) -> FloatTensor<Self>;
 
     /// See [`super::grouped_linear`].
@@ -185,6 +186,7 @@ pub(super) fn moe_experts(
     gate_up: Tensor<3>,
     down: Tensor<3>,
     activation: Activation,
+    deferral: Deferral,
 ) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::moe_experts(
         x.into_dispatch(),
@@ -193,6 +195,7 @@ pub(super) fn moe_experts(
         gate_up.into_dispatch(),
         down.into_dispatch(),
         activation,
+        deferral,
     ))
 }
 

@@ -15,7 +15,7 @@ use super::activation::kernel_activation;
 use super::autodiff::{BackwardKernels, MoeInputs};
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
-use super::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
+use super::{AttentionSpec, Deferral, MlaSpec, RopeSpec, TokenLossScale};
 
 type F = FloatTensor<Flex>;
 type I = IntTensor<Flex>;
@@ -310,8 +310,16 @@ impl FusedOps for Flex {
         })
     }
 
-    fn moe_experts(x: F, indices: I, weights: F, gate_up: F, down: F, activation: Activation) -> F {
-        let inputs = MoeInputs { x, indices, weights, gate_up, down, activation }.contiguous();
+    fn moe_experts(
+        x: F,
+        indices: I,
+        weights: F,
+        gate_up: F,
+        down: F,
+        activation: Activation,
+        deferral: Deferral,
+    ) -> F {
+        let inputs = MoeInputs { x, indices, weights, gate_up, down, activation, deferral }.contiguous();
         by_dtype!(inputs.x, T => with_ints!(inputs.indices.clone(), indices => {
             let mut out = output::<T>(elements(&inputs.x));
             kernels::moe_experts(&inputs.experts::<T, _>(indices), &mut out);

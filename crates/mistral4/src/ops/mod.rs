@@ -8,6 +8,7 @@ pub mod activation;
 mod autodiff;
 pub mod collective;
 pub mod composite;
+mod deferral;
 #[cfg(feature = "flex")]
 mod extension;
 #[cfg(feature = "flex")]
@@ -26,6 +27,7 @@ use mistral4_checkpoint::config::Activation;
 pub use mistral4_kernels::{RouterDims, Segment};
 
 pub use self::collective::Group;
+pub use self::deferral::{Deferral, DeferredGradient, ExpertGradients};
 
 static COMPOSITE_ONLY: AtomicBool = AtomicBool::new(false);
 
@@ -218,6 +220,8 @@ pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
 
 /// Routed gated feed-forward: each token goes through its K experts, weighted and summed.
 ///
+/// While `deferral` is open, the gradients of the weights leave the backward pass there.
+///
 /// # Shapes
 /// - `x`: `[T, D]`; `indices`, `weights`: `[T, K]`
 /// - `gate_up`: `[E, 2F, D]` (gate rows first), `down`: `[E, D, F]`
@@ -229,11 +233,13 @@ pub fn moe_experts(
     gate_up: Tensor<3>,
     down: Tensor<3>,
     activation: Activation,
+    deferral: &Deferral,
 ) -> Tensor<2> {
     #[cfg(feature = "flex")]
     if is_fused(&x.device()) {
-        return extension::moe_experts(x, indices, weights, gate_up, down, activation);
+        return extension::moe_experts(x, indices, weights, gate_up, down, activation, deferral.clone());
     }
+    let _ = deferral;
     composite::moe_experts(x, indices, weights, gate_up, down, activation)
 }
 

@@ -295,15 +295,14 @@ fn moe_experts_equals_composite_with_idle_experts() {
             random([experts * hidden * inter], 16),
         ];
         let run = |[x, w, gate_up, down]: [Tensor<1>; 4], fused: bool| {
-            let op = if fused { moe_experts } else { composite::moe_experts };
-            op(
-                x.reshape([tokens, hidden]),
-                indices.clone(),
-                w.reshape([tokens, top_k]),
-                gate_up.reshape([experts, 2 * inter, hidden]),
-                down.reshape([experts, hidden, inter]),
-                activation,
-            )
+            let (x, w) = (x.reshape([tokens, hidden]), w.reshape([tokens, top_k]));
+            let gate_up = gate_up.reshape([experts, 2 * inter, hidden]);
+            let down = down.reshape([experts, hidden, inter]);
+            let indices = indices.clone();
+            match fused {
+                true => moe_experts(x, indices, w, gate_up, down, activation, &Deferral::default()),
+                false => composite::moe_experts(x, indices, w, gate_up, down, activation),
+            }
         };
         compare("moe_experts", flat, |inputs| run(inputs, true), |inputs| run(inputs, false));
     }
@@ -318,7 +317,15 @@ fn frozen_experts_get_no_gradient_and_their_input_still_does() {
     let gate_up = random([experts, 2 * inter, hidden], 18).autodiff();
     let down = random([experts, hidden, inter], 19).autodiff();
     let weights = random([tokens, 1], 20).autodiff();
-    let out = moe_experts(x.clone(), indices, weights, gate_up.clone(), down, Activation::Silu);
+    let out = moe_experts(
+        x.clone(),
+        indices,
+        weights,
+        gate_up.clone(),
+        down,
+        Activation::Silu,
+        &Deferral::default(),
+    );
     let mut grads = out.sum().backward();
     assert!(gate_up.grad(&grads).is_none());
     assert!(values(x.grad_remove(&mut grads).unwrap()).iter().any(|&g| g != 0.0));

@@ -232,9 +232,7 @@ impl Runner<'_> {
         let factors = StepFactors { lr: 1e-4, weight_decay: 0.01, grad_scale: 1.0 };
         let optimizer = &mut self.optimizer;
         let model = if self.work.optimizer_in_bwd {
-            optimizer.begin_step();
-            let update = |model, gradients: &mut Gradients| optimizer.apply(model, gradients, factors);
-            update_in_backward(model, &batch, scale, Activations::Kept, update)?.0
+            update_in_backward(model, &batch, scale, Activations::Kept, optimizer, factors)?.0
         } else {
             let mut gradients = Gradients::default();
             forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients)?;

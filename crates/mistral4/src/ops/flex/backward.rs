@@ -15,7 +15,7 @@ use crate::ops::activation::kernel_activation;
 use crate::ops::autodiff::{
     AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, MoeSaved, RmsNormSaved,
 };
-use crate::ops::{AttentionSpec, MlaSpec, RopeSpec, TokenLossScale};
+use crate::ops::{AttentionSpec, ExpertGradients, MlaSpec, RopeSpec, TokenLossScale};
 
 impl BackwardKernels for Flex {
     fn scaled(gradient: F, factor: F) -> F {
@@ -214,6 +214,28 @@ impl BackwardKernels for Flex {
                 dweights.map(|d| tensor(d, inputs.weights.shape())),
                 dgate_up.map(|d| tensor(d, inputs.gate_up.shape())),
                 ddown.map(|d| tensor(d, inputs.down.shape())),
+            ]
+        }))
+    }
+
+    fn moe_experts_backward_deferring(saved: MoeSaved<Flex>, dout: F, want: [bool; 2]) -> [Option<F>; 2] {
+        let MoeSaved { inputs, kept } = saved;
+        let dout = contiguous(dout);
+        let [want_x, want_weights] = want;
+        by_dtype!(inputs.x, T => with_ints!(inputs.indices.clone(), indices => {
+            let mut dx = want_x.then(|| output::<T>(elements(&inputs.x)));
+            let mut dweights = want_weights.then(|| output::<f32>(elements(&inputs.weights)));
+            let [gate_up, down] = kernels::moe_experts_backward_deferring(
+                &inputs.experts::<T, _>(indices),
+                slice::<T>(&kept),
+                slice::<T>(&dout),
+                dx.as_deref_mut(),
+                dweights.as_deref_mut(),
+            );
+            inputs.deferral.fill(ExpertGradients { gate_up: gate_up.into(), down: down.into() });
+            [
+                dx.map(|d| tensor(d, inputs.x.shape())),
+                dweights.map(|d| tensor(d, inputs.weights.shape())),
             ]
         }))
     }

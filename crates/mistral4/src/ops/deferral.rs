@@ -1,0 +1,98 @@
+//! Gradients of experts' weights that leave a backward pass as products, not multiplied out.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::bf16;
+use mistral4_kernels as kernels;
+
+/// Where the backward pass of a layer's experts leaves the gradients of their weights as products while somebody waits for
+/// them here; otherwise it multiplies them out. Clones are one place.
+///
+/// The kernels of the CPU use it; elsewhere it stays empty.
+#[derive(Debug, Clone, Default)]
+pub struct Deferral(Arc<Mutex<Place>>);
+
+#[derive(Debug, Default)]
+enum Place {
+    #[default]
+    Closed,
+    Open,
+    Filled(ExpertGradients),
+}
+
+/// Gradients of the weights of a layer's experts.
+#[derive(Debug)]
+pub struct ExpertGradients {
+    /// `[E, 2F, D]`
+    pub gate_up: DeferredGradient,
+    /// `[E, D, F]`
+    pub down: DeferredGradient,
+}
+
+/// The gradient of a stack of weights as a product.
+#[derive(Debug)]
+pub enum DeferredGradient {
+    /// Of f32 activations.
+    F32(kernels::DeferredGradient<f32>),
+    /// Of bf16 activations.
+    Bf16(kernels::DeferredGradient<bf16>),
+}
+
+impl Deferral {
+    /// Waits for gradients.
+    pub fn open(&self) {
+        self.set(Place::Open);
+    }
+
+    /// What the backward pass left, if it left anything; it multiplies gradients out again.
+    pub fn close(&self) -> Option<ExpertGradients> {
+        match self.set(Place::Closed) {
+            Place::Filled(gradients) => Some(gradients),
+            Place::Open | Place::Closed => None,
+        }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        matches!(*self.0.lock().unwrap_or_else(PoisonError::into_inner), Place::Open)
+    }
+
+    pub(super) fn fill(&self, gradients: ExpertGradients) {
+        self.set(Place::Filled(gradients));
+    }
+
+    fn set(&self, place: Place) -> Place {
+        std::mem::replace(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), place)
+    }
+}
+
+impl DeferredGradient {
+    /// Adam step `step` (counted from 1) on the weight; returns the sum of the gradient's squares.
+    ///
+    /// Rows of the weight whose gradient is not finite stay as they are; then the sum is not finite.
+    ///
+    /// # Panics
+    /// When a slice of `weight` has another length than the gradient, or `step` is 0.
+    pub fn step<V: kernels::Element, S: kernels::Element>(
+        &self,
+        hyper: &kernels::AdamW,
+        step: u64,
+        weight: kernels::AdamWWeight<'_, V, S>,
+    ) -> f64 {
+        match self {
+            DeferredGradient::F32(gradient) => gradient.step(hyper, step, weight),
+            DeferredGradient::Bf16(gradient) => gradient.step(hyper, step, weight),
+        }
+    }
+}
+
+impl From<kernels::DeferredGradient<f32>> for DeferredGradient {
+    fn from(gradient: kernels::DeferredGradient<f32>) -> Self {
+        DeferredGradient::F32(gradient)
+    }
+}
+
+impl From<kernels::DeferredGradient<bf16>> for DeferredGradient {
+    fn from(gradient: kernels::DeferredGradient<bf16>) -> Self {
+        DeferredGradient::Bf16(gradient)
+    }
+}
