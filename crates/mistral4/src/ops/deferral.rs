@@ -17,7 +17,7 @@ enum Place {
     #[default]
     Closed,
     Open,
-    Filled(ExpertGradients),
+    Filled(Box<ExpertGradients>),
 }
 
 /// Gradients of the weights of a layer's experts.
@@ -47,7 +47,7 @@ impl Deferral {
     /// What the backward pass left, if it left anything; it multiplies gradients out again.
     pub fn close(&self) -> Option<ExpertGradients> {
         match self.set(Place::Closed) {
-            Place::Filled(gradients) => Some(gradients),
+            Place::Filled(gradients) => Some(*gradients),
             Place::Open | Place::Closed => None,
         }
     }
@@ -57,7 +57,7 @@ impl Deferral {
     }
 
     pub(super) fn fill(&self, gradients: ExpertGradients) {
-        self.set(Place::Filled(gradients));
+        self.set(Place::Filled(Box::new(gradients)));
     }
 
     fn set(&self, place: Place) -> Place {
