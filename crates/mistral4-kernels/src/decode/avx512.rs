@@ -1,8 +1,8 @@
 //! Weighted sums of latents in AVX-512 registers, two slots at a time.
 use super::heads::HEADS;
-use crate::element::Element;
+use crate::isa::Isa;
 use crate::scratch;
-use crate::vector::side_by_side;
+use crate::vector::{convert, side_by_side};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -37,23 +37,18 @@ pub(super) unsafe fn weigh<'a>(
     if !count.is_multiple_of(2) {
         ptrs[count] = ptrs[count - 1];
     }
-    let mut packed = scratch::take::<u32>(pairs * HEADS);
-    for (pair, packed) in packed.chunks_exact_mut(HEADS).enumerate() {
-        for (head, packed) in packed.iter_mut().enumerate() {
-            // Missing heads repeat the last one; their sums are dropped.
-            let of_head = &factors[head.min(heads - 1) * count..][..count];
-            let bits = |i: usize| {
-                let factor = of_head.get(i).copied().unwrap_or(0.0);
-                u32::from(<bf16 as Element>::from_f32(factor).to_bits())
-            };
-            *packed = bits(2 * pair) | bits(2 * pair + 1) << 16;
-        }
+    let mut rounded = scratch::take::<bf16>(HEADS * 2 * pairs);
+    for (head, rounded) in rounded.chunks_exact_mut(2 * pairs).enumerate() {
+        // Missing heads repeat the last one; their sums are dropped.
+        let of_head = &factors[head.min(heads - 1) * count..][..count];
+        convert(Isa::Avx512Bf16, of_head, rounded);
+        rounded[count..].fill(bf16::ZERO);
     }
     for first in (0..columns).step_by(2 * WIDTH) {
         let width = (columns - first).min(2 * WIDTH);
         let mut sums = [[0.0f32; 2 * WIDTH]; HEADS];
         // SAFETY: each pointer is to `columns` values, of which `first..first + width` are read.
-        unsafe { block(&packed, &ptrs, first, width, &mut sums) };
+        unsafe { block(&rounded, &ptrs, first, width, &mut sums) };
         for (head, sums) in sums[..heads].iter().enumerate() {
             out[head * stride + first..][..width].copy_from_slice(&sums[..width]);
         }
@@ -72,7 +67,7 @@ unsafe impl scratch::Plain for Pointer {}
 /// Rows hold `first + width` values, `width` is at most `2 * WIDTH`, and the processor has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn block(
-    factors: &[u32],
+    factors: &[bf16],
     rows: &[Pointer],
     first: usize,
     width: usize,
@@ -85,7 +80,10 @@ unsafe fn block(
     let mask = |from: usize| ((1u64 << (width.saturating_sub(from)).min(WIDTH)) - 1) as u32;
     let masks = [mask(0), mask(WIDTH)];
     let mut sums = [[_mm512_setzero_ps(); 4]; HEADS];
-    for (factors, rows) in factors.as_chunks::<HEADS>().0.iter().zip(rows.as_chunks::<2>().0) {
+    let rows = rows.as_chunks::<2>().0;
+    let of_head: [&[[bf16; 2]]; HEADS] =
+        std::array::from_fn(|head| &factors.as_chunks::<2>().0[head * rows.len()..(head + 1) * rows.len()]);
+    for (pair, rows) in rows.iter().enumerate() {
         let [a, b] = rows.map(|row| (row.0 as *const i16).wrapping_add(first));
         for half in 0..2 {
             // SAFETY: masks leave out what lies past the row.
@@ -94,7 +92,8 @@ unsafe fn block(
             for (part, order) in order.into_iter().enumerate() {
                 let both = pairs(_mm512_permutex2var_epi16(a, order, b));
                 for head in 0..HEADS {
-                    let factor = pairs(_mm512_set1_epi32(factors[head].cast_signed()));
+                    let [first, second] = of_head[head][pair].map(|factor| u32::from(factor.to_bits()));
+                    let factor = pairs(_mm512_set1_epi32((first | second << 16).cast_signed()));
                     let sum = &mut sums[head][2 * half + part];
                     *sum = _mm512_dpbf16_ps(*sum, factor, both);
                 }

@@ -258,9 +258,13 @@ per_isa! {
 
 #[inline(always)]
 fn exponentials_body<const FMA: bool>(scale: f32, scores: &mut [f32]) -> (f32, f32) {
+    let (whole, rest) = scores.as_chunks_mut::<LANES>();
+    // Lanes past the last score are those of none.
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
     // A score that is not a number makes the sum one, whatever the maximum.
     let mut maxima = [f32::NEG_INFINITY; LANES];
-    for scores in scores.chunks_mut(LANES) {
+    for scores in whole.iter_mut().chain([&mut last]) {
         for (score, max) in scores.iter_mut().zip(&mut maxima) {
             *score *= scale;
             *max = if *score > *max { *score } else { *max };
@@ -269,11 +273,12 @@ fn exponentials_body<const FMA: bool>(scale: f32, scores: &mut [f32]) -> (f32, f
     let max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut sums = [0.0f32; LANES];
-    for scores in scores.chunks_mut(LANES) {
+    for scores in whole.iter_mut().chain([&mut last]) {
         for (score, sum) in scores.iter_mut().zip(&mut sums) {
             *score = exp::<FMA>(*score - shift);
             *sum += *score;
         }
     }
+    rest.copy_from_slice(&last[..rest.len()]);
     (max, reduce(sums))
 }

@@ -353,10 +353,27 @@ mod avx512 {
                 step(whole, (1 << (block.depth - whole)) - 1);
             }
             for (i, sums) in sums.into_iter().enumerate() {
+                let out = out.add(i * block.out_stride);
+                if let Some(four) = sums.first_chunk::<4>().filter(|_| W == 4) {
+                    _mm_storeu_ps(out, add_up(*four));
+                    continue;
+                }
                 for (j, sum) in sums.into_iter().enumerate() {
-                    *out.add(i * block.out_stride + j) = _mm512_reduce_add_ps(sum);
+                    *out.add(j) = _mm512_reduce_add_ps(sum);
                 }
             }
         }
+    }
+
+    /// The sum of each register, four at once: in a third of the steps.
+    #[target_feature(enable = "avx512f")]
+    fn add_up([a, b, c, d]: [__m512; 4]) -> __m128 {
+        let fold = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let (ab, cd) = (_mm512_castps_pd(fold(a, b)), _mm512_castps_pd(fold(c, d)));
+        let all = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        let all = _mm512_add_ps(all, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(all)));
+        let half = _mm256_add_ps(_mm512_castps512_ps256(all), high);
+        _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
     }
 }

@@ -50,8 +50,9 @@ pub(crate) struct Upcoming {
     parts: [Stretch; PARTS],
     /// The part that is being fetched.
     part: usize,
-    /// Lines of it that are fetched already.
-    fetched: usize,
+    /// The next line of it.
+    row: usize,
+    column: usize,
     /// Lines of a piece.
     piece: usize,
 }
@@ -68,20 +69,27 @@ impl Upcoming {
         let lines: usize = memory.iter().map(Stretch::lines).sum();
         // A piece lies in one part, so that the last one of each part is short.
         let more = memory.iter().filter(|part| part.lines() > 0).count().saturating_sub(1);
-        Self { parts, part: 0, fetched: 0, piece: lines.div_ceil(tiles.saturating_sub(more).max(1)) }
+        let piece = lines.div_ceil(tiles.saturating_sub(more).max(1));
+        Self { parts, part: 0, row: 0, column: 0, piece }
     }
 
     /// What the next tile is to fetch.
     pub(crate) fn piece(&mut self) -> Piece {
-        while self.part + 1 < PARTS && self.fetched == self.parts[self.part].lines() {
-            self.part += 1;
-            self.fetched = 0;
+        if self.piece == 0 {
+            return Piece::NONE;
         }
-        let part = &self.parts[self.part];
-        let Stretch { first, width, stride, .. } = *part;
-        let (row, column) = (self.fetched / width, self.fetched % width);
-        let lines = self.piece.min(part.lines() - self.fetched);
-        self.fetched += lines;
+        while self.part + 1 < PARTS && self.row == self.parts[self.part].rows {
+            self.part += 1;
+            self.row = 0;
+        }
+        let Stretch { first, rows, width, stride } = self.parts[self.part];
+        let (row, column) = (self.row, self.column);
+        let lines = self.piece.min((rows - row) * width - column);
+        self.column += lines;
+        while self.column >= width {
+            self.column -= width;
+            self.row += 1;
+        }
         Piece {
             next: first.wrapping_add(row * stride + column * LINE),
             lines,
