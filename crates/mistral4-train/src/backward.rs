@@ -1,5 +1,6 @@
 //! Loss and gradients of one micro-batch.
 
+mod products;
 mod stage;
 mod store;
 
@@ -8,26 +9,27 @@ use std::collections::BTreeMap;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use half::bf16;
 use mistral4::inputs::{Layout, ModelInputs};
-use mistral4::model::decoder_layer::FeedForward;
 use mistral4::model::neftune::EmbeddingNoise;
 use mistral4::model::{Mistral4, RouterReplay, Routing};
-use mistral4::ops::{Deferral, DeferredGradient, ExpertGradients, TokenLoss, TokenLossScale};
+use mistral4::ops::{DeferredGradient, TokenLoss, TokenLossScale};
 use mistral4::{Images, ops};
 use mistral4_processor::ProcessedImage;
 
+pub use self::products::DeferredGradients;
 pub use self::stage::{Stage, StageForward};
 pub use self::store::{ParameterStore, Unit, Whole};
 use crate::data::{Batch, BatchLayout};
 use crate::error::Result;
 use crate::optim::{Optimizer, StepFactors};
 
-/// Gradients by canonical key that are not multiplied out.
-pub type DeferredGradients = BTreeMap<String, DeferredGradient>;
-
 /// Gradients by canonical key, flat, summed over micro-batches in f32; those of a single micro-batch stay in the dtype
 /// that they were computed in.
 #[derive(Debug, Default)]
-pub struct Gradients(BTreeMap<String, Tensor<1>>);
+pub struct Gradients {
+    sums: BTreeMap<String, Tensor<1>>,
+    /// Those that are not multiplied out.
+    deferred: DeferredGradients,
+}
 
 impl Gradients {
     /// Adds to the gradient of `key`.
@@ -36,12 +38,22 @@ impl Gradients {
             Some(sum) => sum + gradient.cast(DType::F32),
             None => gradient,
         };
-        self.0.insert(key, sum);
+        self.sums.insert(key, sum);
     }
 
-    /// The gradient of `key` in its dtype, `[elements]`; `None` when the loss does not reach it.
+    /// Takes gradients that are not multiplied out; nothing can be added to them.
+    pub(crate) fn defer(&mut self, gradients: DeferredGradients) {
+        self.deferred.extend(gradients);
+    }
+
+    /// Takes the gradient of `key` out that is not multiplied out.
+    pub(crate) fn take_deferred(&mut self, key: &str) -> Option<DeferredGradient> {
+        self.deferred.remove(key)
+    }
+
+    /// The gradient of `key` in its dtype, `[elements]`; `None` when the loss does not reach it, or it is not multiplied out.
     pub fn get(&self, key: &str) -> Option<&Tensor<1>> {
-        self.0.get(key)
+        self.sums.get(key)
     }
 
     /// Takes the gradient of `key` out, in f32.
@@ -51,12 +63,12 @@ impl Gradients {
 
     /// Takes the gradient of `key` out, in its dtype.
     pub fn take(&mut self, key: &str) -> Option<Tensor<1>> {
-        self.0.remove(key)
+        self.sums.remove(key)
     }
 
-    /// Keys and gradients, in the order of keys.
+    /// Keys and gradients, in the order of keys, of those that are multiplied out.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
-        self.0.iter().map(|(key, gradient)| (key.as_str(), gradient))
+        self.sums.iter().map(|(key, gradient)| (key.as_str(), gradient))
     }
 
     /// L2 norm over all gradients, summed in f64.
@@ -82,15 +94,8 @@ impl Gradients {
             }
             f64::from(gradient.clone().cast(DType::F32).square().sum().into_scalar::<f32>())
         };
-        self.0.iter_mut().map(|(key, gradient)| weight(key) * square(gradient)).sum()
-    }
-
-    /// Multiplies every gradient by `factor`.
-    pub fn scale(&mut self, factor: f64) {
-        for gradient in self.0.values_mut() {
-            let scaled = gradient.clone().cast(DType::F32) * factor;
-            *gradient = scaled;
-        }
+        let sums: f64 = self.sums.iter_mut().map(|(key, gradient)| weight(key) * square(gradient)).sum();
+        sums + self.deferred.iter().map(|(key, gradient)| weight(key) * gradient.square()).sum::<f64>()
     }
 }
 
@@ -286,6 +291,23 @@ pub fn forward_backward(
     forward_backward_from(&mut Whole::new(model, gradients), stage, batch, scale)
 }
 
+/// As [`forward_backward`], for the only micro-batch of a step: the gradients of experts' weights stay products where
+/// `optimizer` [takes them so](Optimizer::takes_deferred) and their factors are small.
+///
+/// # Errors
+/// As [`forward_backward`].
+pub fn forward_backward_for(
+    optimizer: &Optimizer,
+    model: &Mistral4,
+    batch: &LabelledInputs,
+    scale: LossScale,
+    activations: Activations,
+    gradients: &mut Gradients,
+) -> Result<MicroBatchLoss> {
+    let mut store = Whole::new(model, gradients).deferring(optimizer);
+    forward_backward_from(&mut store, Stage::whole(model, activations), batch, scale)
+}
+
 /// As [`forward_backward`], with the parameters of a store, which takes the gradients.
 ///
 /// # Errors
@@ -327,8 +349,7 @@ pub fn evaluate_from(
 /// is final, so that only one part's gradient exists at a time; returns the model, what was measured, and the norm of
 /// the gradient.
 ///
-/// Of recomputed activations one layer's exist at a time as well. The gradients of experts' weights are never written where
-/// the optimizer [can do without](Optimizer::takes_deferred): each block of them moves its part of the weight.
+/// Of recomputed activations one layer's exist at a time as well.
 ///
 /// Nothing is updated when the loss is no finite number, and nothing more once a gradient is none.
 ///
@@ -347,63 +368,19 @@ pub fn update_in_backward(
     let mut pass = whole.forward(&mut Whole::new(&model, &mut gradients), batch, None)?;
     optimizer.begin_step();
     let mut squares = 0.0;
-    let mut take = |optimizer: &mut Optimizer, model: Mistral4, gradients: &mut Gradients, deferred| {
+    let mut take = |optimizer: &mut Optimizer, model: Mistral4, gradients: &mut Gradients| {
         squares += gradients.norm().powi(2);
-        if !f64::is_finite(squares) {
-            return model;
-        }
-        let model = optimizer.apply(model, gradients, factors);
-        let (model, more) = optimizer.apply_deferred(model, deferred, factors);
-        squares += more;
-        model
+        if f64::is_finite(squares) { optimizer.apply(model, gradients, factors) } else { model }
     };
     pass.head(&mut Whole::new(&model, &mut gradients), batch, scale);
     if !pass.measured.loss_sum.is_finite() {
         return Ok((model, pass.measured, f64::NAN));
     }
-    model = take(optimizer, model, &mut gradients, DeferredGradients::new());
-    while let Some(index) = pass.next_layer() {
-        let experts = Experts::of(&model, index).filter(|experts| experts.suit(optimizer));
-        experts.iter().for_each(|experts| experts.deferral.open());
-        pass.layer(&mut Whole::new(&model, &mut gradients), scale);
-        let deferred = experts.map(Experts::take).unwrap_or_default();
-        model = take(optimizer, model, &mut gradients, deferred);
+    model = take(optimizer, model, &mut gradients);
+    while pass.layer(&mut Whole::new(&model, &mut gradients).deferring(optimizer), scale) {
+        model = take(optimizer, model, &mut gradients);
     }
     pass.front(&mut Whole::new(&model, &mut gradients), batch)?;
-    model = take(optimizer, model, &mut gradients, DeferredGradients::new());
+    model = take(optimizer, model, &mut gradients);
     Ok((model, pass.measured, squares.sqrt()))
-}
-
-/// The routed experts of a layer whose gradients may stay products.
-struct Experts {
-    keys: [String; 2],
-    shapes: [[usize; 3]; 2],
-    device: Device,
-    deferral: Deferral,
-}
-
-impl Experts {
-    fn of(model: &Mistral4, index: usize) -> Option<Self> {
-        let text = model.text();
-        let FeedForward::Moe(moe) = &text.model.layers[index].mlp else { return None };
-        let experts = &moe.experts;
-        let prefix = format!("{}model.layers.{index}.mlp.experts", model.text_prefix());
-        Some(Self {
-            keys: ["gate_up_proj", "down_proj"].map(|name| format!("{prefix}.{name}")),
-            shapes: [experts.gate_up_proj.dims(), experts.down_proj.dims()],
-            device: text.model.norm.weight.device(),
-            deferral: experts.deferral.clone(),
-        })
-    }
-
-    fn suit(&self, optimizer: &Optimizer) -> bool {
-        let mut weights = self.keys.iter().zip(&self.shapes);
-        weights.all(|(key, shape)| optimizer.takes_deferred(key, shape, &self.device))
-    }
-
-    /// What the layer's backward pass left.
-    fn take(self) -> DeferredGradients {
-        let Some(ExpertGradients { gate_up, down }) = self.deferral.close() else { return BTreeMap::new() };
-        self.keys.into_iter().zip([gate_up, down]).collect()
-    }
 }

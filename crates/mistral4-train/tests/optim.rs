@@ -10,7 +10,9 @@ use mistral4::checkpoint::weights;
 use mistral4::model::moe::MoeOptions;
 use mistral4::weights::InitialSource;
 use mistral4::{Mistral4, ModelInputs};
-use mistral4_train::backward::{Activations, Gradients, LabelledInputs, LossScale, forward_backward};
+use mistral4_train::backward::{
+    Activations, Gradients, LabelledInputs, LossScale, forward_backward, forward_backward_for,
+};
 use mistral4_train::optim::{Optimizer, ParameterState, StepFactors, Values};
 use mistral4_train::recipe::{
     AdjustLr, MuonConfig, NewtonSchulzDtype, OptimizerConfig, OptimizerKind, StateDtype,
@@ -151,12 +153,16 @@ fn bf16_values_are_rounded_from_what_is_remembered() {
 
 /// The tiny preset, text only, and a batch with a rule to learn.
 fn model_and_batch(dtype: weights::DType) -> (Mistral4, LabelledInputs) {
+    model_and_tokens(dtype, 48)
+}
+
+fn model_and_tokens(dtype: weights::DType, tokens: u32) -> (Mistral4, LabelledInputs) {
     let config = ConfigFile::preset("tiny", &ConfigOptions::default()).unwrap().text_only().config;
     let source = InitialSource::new(&config, 5, dtype);
     let model = Mistral4::new(&config, MoeOptions::default(), &source, &Device::flex()).unwrap();
-    let ids: Vec<u32> = (0..48).map(|i| 20 + i * 7 % 30).collect();
+    let ids: Vec<u32> = (0..tokens).map(|i| 20 + i * 7 % 30).collect();
     let labels = ids.iter().skip(1).map(|&id| i64::from(id)).chain([-100]).collect();
-    (model, LabelledInputs::plain(ModelInputs::packed(ids, vec![0, 48]), labels))
+    (model, LabelledInputs::plain(ModelInputs::packed(ids, vec![0, tokens as usize]), labels))
 }
 
 fn losses(config: OptimizerConfig, dtype: weights::DType, steps: usize) -> Vec<f64> {
@@ -215,13 +221,80 @@ fn bf16_parameters_learn_without_masters() {
     }
 }
 
+const EXPERTS: [&str; 2] =
+    ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"];
+
+/// Experts that move while their gradients are multiplied out end where written gradients move them.
+#[test]
+fn products_move_experts_as_their_gradients_do() {
+    let tokens = 5;
+    let scale = LossScale { per_token: 1.0 / f64::from(tokens), z_loss: 0.0, aux: 1.0 };
+    let factors = StepFactors { lr: 2e-3, weight_decay: 0.1, grad_scale: 0.7 };
+    for state_dtype in [StateDtype::F32, StateDtype::Bf16, StateDtype::Int8] {
+        let [mut written, mut deferred] = [(); 2].map(|()| Optimizer::new(config(state_dtype)));
+        let (mut model, batch) = model_and_tokens(weights::DType::F32, tokens);
+        let mut other = model.clone();
+        for step in 0..3 {
+            let (mut all, mut few) = (Gradients::default(), Gradients::default());
+            forward_backward(&model, &batch, scale, Activations::Kept, &mut all).unwrap();
+            forward_backward_for(&deferred, &other, &batch, scale, Activations::Kept, &mut few).unwrap();
+            for key in EXPERTS {
+                assert!(all.get(key).is_some());
+                assert_eq!(few.get(key).is_some(), state_dtype == StateDtype::Int8, "{key}, {state_dtype:?}");
+            }
+            let (norm, want) = (few.norm(), all.norm());
+            assert!((norm - want).abs() < 1e-6 * want, "{norm} is not {want}");
+            model = written.step(model, all, factors);
+            other = deferred.step(other, few, factors);
+            for (a, b) in model.parameters().iter().zip(other.parameters()) {
+                assert_eq!(a.values.to_data(), b.values.to_data(), "{} after step {step}", a.key);
+            }
+        }
+        for (key, state) in &written.state().parameters {
+            assert_eq!(bytes(state), bytes(&deferred.state().parameters[key]), "{key}");
+        }
+    }
+}
+
+/// The same of bf16 weights, whose written gradients are rounded: with masters and without.
+#[test]
+fn products_train_bf16_experts() {
+    let tokens = 5;
+    let scale = LossScale { per_token: 1.0 / f64::from(tokens), z_loss: 0.0, aux: 1.0 };
+    let factors = StepFactors { lr: 2e-3, weight_decay: 0.0, grad_scale: 1.0 };
+    for master_weights in [true, false] {
+        let config = OptimizerConfig { master_weights, ..config(StateDtype::Bf16) };
+        let [written, products] = [false, true].map(|defers| {
+            let (mut model, batch) = model_and_tokens(weights::DType::BF16, tokens);
+            let mut optimizer = Optimizer::new(config.clone());
+            let losses = (0..12).map(|_| {
+                let mut gradients = Gradients::default();
+                let kept = Activations::Kept;
+                let measured = match defers {
+                    true => forward_backward_for(&optimizer, &model, &batch, scale, kept, &mut gradients),
+                    false => forward_backward(&model, &batch, scale, kept, &mut gradients),
+                };
+                model = optimizer.step(model.clone(), gradients, factors);
+                measured.unwrap().loss_sum
+            });
+            losses.collect::<Vec<f64>>()
+        });
+        assert!(products[11] < 0.6 * products[0], "{products:?}");
+        for (written, product) in written.iter().zip(&products) {
+            assert!((written - product).abs() < 0.05 * written, "{product} against {written}");
+        }
+    }
+}
+
 /// Parameters and states are changed where they lie: no clone of them is made.
 #[test]
 fn a_step_moves_no_memory() {
-    let (model, batch) = model_and_batch(weights::DType::F32);
+    let (model, batch) = model_and_tokens(weights::DType::F32, 5);
     let mut gradients = Gradients::default();
-    let scale = LossScale { per_token: 1.0 / 47.0, z_loss: 0.0, aux: 1.0 };
-    forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients).unwrap();
+    let scale = LossScale { per_token: 0.2, z_loss: 0.0, aux: 1.0 };
+    let mut optimizer = Optimizer::new(config(StateDtype::F32));
+    forward_backward_for(&optimizer, &model, &batch, scale, Activations::Kept, &mut gradients).unwrap();
+    assert!(gradients.get(EXPERTS[0]).is_none(), "both ways to move a parameter are taken");
     let places = |model: Mistral4| {
         let mut places = BTreeMap::new();
         let model = model.map_parameters(|key, _, values| {
@@ -235,7 +308,6 @@ fn a_step_moves_no_memory() {
     let (model, before) = places(model);
     let norm = gradients.norm();
     assert!(norm > 0.0 && norm == gradients.norm());
-    let mut optimizer = Optimizer::new(config(StateDtype::F32));
     let (_, after) = places(optimizer.step(model, gradients, FACTORS));
     assert_eq!(before, after);
 }

@@ -344,8 +344,7 @@ fn parameters_that_move_during_the_backward_pass_end_alike() {
         assert_eq!(on_the_way.len(), 6);
         for (a, b) in on_the_way.iter().zip(&after) {
             assert_eq!(a.0, b.0);
-            // Squares are added up in another order.
-            assert!((a.1 - b.1).abs() < 1e-6 * b.1, "{} against {}", a.1, b.1);
+            assert!((a.1 - b.1).abs() < 1e-9 * b.1, "{} against {}", a.1, b.1);
         }
     }
 }

@@ -43,12 +43,11 @@ pub(crate) trait Sink: Sync {
     /// What [`Sink::take`] reads.
     fn memory(&self, block: Block) -> [Stretch; 4];
 
-    /// Takes a block of the gradient, rows of which are `pitch` apart in `sums`, and fetches a piece of `next` a row;
-    /// returns the sum of squares where somebody asks for it.
+    /// Takes a block of the gradient, rows of which are `pitch` apart in `sums`, and fetches a piece of `next` a row.
     ///
     /// # Safety
     /// No other task takes the block.
-    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, next: &mut Upcoming) -> f64;
+    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, next: &mut Upcoming);
 }
 
 /// Writes the gradient.
@@ -62,7 +61,7 @@ impl<W: Element> Sink for Write<'_, W> {
         [Stretch::NONE; 4]
     }
 
-    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, _: &mut Upcoming) -> f64 {
+    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, _: &mut Upcoming) {
         let whole = block.columns / NR * NR;
         for (row, sums) in sums.chunks_exact(pitch).take(block.rows).enumerate() {
             let first = block.row(row).start;
@@ -72,12 +71,11 @@ impl<W: Element> Sink for Write<'_, W> {
                 unsafe { write_rows(isa, &sums[columns], self.0, target, false) };
             }
         }
-        0.0
     }
 }
 
 /// `gradient[e] = left[rows of e]^T right[rows of e]`, `[m, n]` for each of `experts`, block by block into `sink`; zero for
-/// unused experts. Returns the sum of what the sink returned.
+/// unused experts.
 pub(crate) fn weight_product<'a, P: Panel, L: Element, R: Element, S: Sink>(
     isa: Isa,
     groups: &Groups,
@@ -85,14 +83,12 @@ pub(crate) fn weight_product<'a, P: Panel, L: Element, R: Element, S: Sink>(
     left: impl Fn(usize) -> &'a [L] + Sync + Send,
     right: impl Fn(usize) -> &'a [R] + Sync + Send,
     sink: &S,
-) -> f64 {
+) {
     let mut rows_of = vec![0..0; experts];
     for (expert, rows) in &groups.used {
         rows_of[*expert] = rows.clone();
     }
     let parts = task_target().div_ceil(groups.used.len().max(1)).min(m.div_ceil(MR)).max(1);
-    let mut squares = vec![0.0; experts * parts];
-    let shared = Shared::new(&mut squares);
     parallel::for_each(experts * parts, |task| {
         let (expert, part) = (task / parts, task % parts);
         let rows = rows_of[expert].clone();
@@ -109,8 +105,6 @@ pub(crate) fn weight_product<'a, P: Panel, L: Element, R: Element, S: Sink>(
         let width = S::COLUMNS.min(n.next_multiple_of(NR));
         let mut right_panels = scratch::take::<P>(width * steps);
         let mut sums = scratch::take::<f32>(MR * width);
-        // SAFETY: each task owns one sum.
-        let squares = unsafe { &mut shared.slice(task..task + 1)[0] };
         for start in (0..n).step_by(width) {
             let columns = width.min(n - start);
             let pitch = columns.next_multiple_of(NR);
@@ -135,11 +129,10 @@ pub(crate) fn weight_product<'a, P: Panel, L: Element, R: Element, S: Sink>(
                     unsafe { P::tile(isa, tile.len(), left, right, out, next.piece()) };
                 }
                 // SAFETY: each task owns its rows of one expert.
-                *squares += unsafe { sink.take(isa, now, &sums, pitch, &mut next) };
+                unsafe { sink.take(isa, now, &sums, pitch, &mut next) };
             }
         }
     });
-    squares.iter().sum()
 }
 
 /// One row for each sorted row; rows lie an odd number of cache lines apart, so that columns of neighbouring

@@ -1,6 +1,5 @@
 //! Weights that move while their gradients are multiplied out.
 use super::adamw::{AdamW, AdamWState, Coefficients, step_chunk};
-use super::squares;
 use crate::element::Element;
 use crate::experts::{Block, Sink};
 use crate::gemm::{Stretch, Upcoming};
@@ -55,16 +54,10 @@ impl<P: Element, S: Element> Sink for StepSink<'_, P, S> {
         [block.stretch(self.param), block.stretch(self.exp_avg), block.stretch(self.exp_avg_sq), rounded]
     }
 
-    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, next: &mut Upcoming) -> f64 {
-        let mut total = 0.0;
+    unsafe fn take(&self, isa: Isa, block: Block, sums: &[f32], pitch: usize, next: &mut Upcoming) {
         for (row, sums) in sums.chunks_exact(pitch).take(block.rows).enumerate() {
             next.piece().fetch();
             let (grad, place) = (&sums[..block.columns], block.row(row));
-            let squares = f64::from(squares(isa, grad));
-            total += squares;
-            if !squares.is_finite() {
-                continue;
-            }
             // SAFETY: promised by the caller.
             let (param, exp_avg, exp_avg_sq, rounded) = unsafe {
                 (
@@ -80,6 +73,5 @@ impl<P: Element, S: Element> Sink for StepSink<'_, P, S> {
                 convert(isa, param, rounded);
             }
         }
-        total
     }
 }

@@ -207,15 +207,15 @@ fn compare_step<X: Element, V: Element + PartialEq, S: Element + PartialEq>(
     weight: Weight<V, S>,
 ) {
     let (mut got, mut want) = (weight.clone(), weight);
-    let squares = gradient.step(&HYPER, 3, got.all());
+    gradient.step(&HYPER, 3, got.all());
     let AdamWWeight { param, rounded, exp_avg, exp_avg_sq } = want.all();
     adamw_step(&HYPER, 3, AdamWState { param: &mut *param, grad: exact, exp_avg, exp_avg_sq });
     if let Some(rounded) = rounded {
         rounded.iter_mut().zip(param).for_each(|(rounded, x)| *rounded = bf16::from_f32(x.to_f32()));
     }
     assert!(got == want);
-    let want: f64 = exact.iter().map(|x| f64::from(*x).powi(2)).sum();
-    assert!((squares - want).abs() <= 1e-6 * want, "{squares} is not {want}");
+    let (square, want) = (gradient.square(), exact.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>());
+    assert!((square - want).abs() <= 1e-5 * want, "{square} is not {want}");
 }
 
 #[test]
@@ -229,26 +229,15 @@ fn weights_move_while_their_gradients_are_multiplied_out() {
 }
 
 #[test]
-fn rows_whose_gradient_is_not_finite_stay() {
+fn the_square_of_a_gradient_that_is_not_finite_is_not_finite() {
     on_each_isa(|_| {
-        let mut case = Case::<f32, f32, i32>::new(SIZES[2], |i| i as i32);
-        let kept = case.kept(Activation::Silu);
-        let spoiled = 5;
-        case.dout[spoiled] = f32::INFINITY;
-        let input = case.input(Activation::Silu);
-        let [_, down] = moe_experts_backward_deferring(&input, &kept, &case.dout, None, None);
-        let before = Weight::<f32, f32>::new(&case.down, false);
-        let mut after = before.clone();
-        assert!(!down.step(&HYPER, 1, after.all()).is_finite());
-        assert!(after.param.iter().chain(&after.exp_avg).chain(&after.exp_avg_sq).all(|x| x.is_finite()));
-        let ExpertDims { hidden, inter, .. } = case.dims;
-        for expert in 0..case.dims.experts {
-            let is_met = case.indices[..case.dims.top_k].contains(&(expert as i32));
-            for row in 0..hidden {
-                let place = (expert * hidden + row) * inter..(expert * hidden + row + 1) * inter;
-                let stays = before.param[place.clone()] == after.param[place];
-                assert_eq!(stays, is_met && row == spoiled, "expert {expert}, row {row}");
-            }
+        for spoiled in [f32::INFINITY, f32::NAN] {
+            let mut case = Case::<f32, f32, i32>::new(SIZES[2], |i| i as i32);
+            let kept = case.kept(Activation::Silu);
+            case.dout[5] = spoiled;
+            let input = case.input(Activation::Silu);
+            let deferred = moe_experts_backward_deferring(&input, &kept, &case.dout, None, None);
+            assert!(deferred.iter().all(|gradient| !gradient.square().is_finite()));
         }
     });
 }

@@ -9,6 +9,7 @@ use mistral4::model::{Mistral4, Routing};
 use mistral4::ops::{TokenLossScale, zero_with_gradient};
 use mistral4::weights::take_gradients;
 
+use super::products::Experts;
 use super::{Activations, LabelledInputs, LossScale, MicroBatchLoss, ParameterStore, Unit, router_losses};
 use crate::error::Result;
 
@@ -309,11 +310,6 @@ impl StageForward {
         store.add(Unit::Head, gradients);
     }
 
-    /// The layer that [`StageForward::layer`] comes to.
-    pub(super) fn next_layer(&self) -> Option<usize> {
-        self.layers.last().map(|saved| saved.index)
-    }
-
     /// The gradients of the last layer that is left; false when there is none.
     pub(super) fn layer(&mut self, store: &mut dyn ParameterStore, scale: LossScale) -> bool {
         let Some(SavedLayer { index, from }) = self.layers.pop() else { return false };
@@ -329,8 +325,13 @@ impl StageForward {
             }
         };
         let prefix = format!("{}model.layers.{index}.", self.prefix);
+        let experts = Experts::of(&graph.layer, &prefix).filter(|experts| experts.suit(store));
+        experts.iter().for_each(Experts::open);
         let (gradients, dx) = graph.backward(self.x.clone(), scale, &prefix);
         store.add(Unit::Layer(index), gradients);
+        if let Some(experts) = experts {
+            store.defer(experts.close());
+        }
         if let Some(dx) = dx {
             self.x = dx;
         }

@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use mistral4::model::Mistral4;
 use mistral4::model::decoder_layer::DecoderLayer;
 use mistral4::model::linear::Linear;
 use mistral4::model::norm::RmsNorm;
 
-use super::Gradients;
+use super::{DeferredGradients, Gradients};
+use crate::optim::Optimizer;
 
 /// Parameters that are needed at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,6 +56,17 @@ pub trait ParameterStore {
 
     /// Takes the gradients of a unit's parameters, by canonical key, flat.
     fn add(&mut self, unit: Unit, gradients: Vec<(String, Tensor<1>)>);
+
+    /// Whether the gradient of a stack of weights may come as a product, to [`ParameterStore::defer`] in place of
+    /// [`ParameterStore::add`]. Nothing may be added to it then.
+    fn takes_deferred(&self, _key: &str, _shape: &[usize], _device: &Device) -> bool {
+        false
+    }
+
+    /// Takes gradients that are not multiplied out.
+    fn defer(&mut self, _gradients: DeferredGradients) {
+        unreachable!("a store that takes none gets none")
+    }
 }
 
 /// A model that is all here, or a stage that is.
@@ -62,6 +74,8 @@ pub struct Whole<'a> {
     model: &'a Mistral4,
     trained: HashSet<Unit>,
     gradients: &'a mut Gradients,
+    /// Who takes gradients that are not multiplied out.
+    optimizer: Option<&'a Optimizer>,
 }
 
 impl<'a> Whole<'a> {
@@ -69,7 +83,12 @@ impl<'a> Whole<'a> {
     pub fn new(model: &'a Mistral4, gradients: &'a mut Gradients) -> Self {
         let trained = model.parameters().into_iter().filter(|parameter| parameter.trainable);
         let trained = trained.map(|parameter| Unit::of(&parameter.key, model.text_prefix())).collect();
-        Self { model, trained, gradients }
+        Self { model, trained, gradients, optimizer: None }
+    }
+
+    /// The same, for the only backward pass before a step of `optimizer`, which need not have gradients multiplied out.
+    pub fn deferring(self, optimizer: &'a Optimizer) -> Self {
+        Self { optimizer: Some(optimizer), ..self }
     }
 }
 
@@ -98,6 +117,14 @@ impl ParameterStore for Whole<'_> {
 
     fn add(&mut self, _: Unit, gradients: Vec<(String, Tensor<1>)>) {
         gradients.into_iter().for_each(|(key, gradient)| self.gradients.add(key, gradient));
+    }
+
+    fn takes_deferred(&self, key: &str, shape: &[usize], device: &Device) -> bool {
+        self.optimizer.is_some_and(|optimizer| optimizer.takes_deferred(key, shape, device))
+    }
+
+    fn defer(&mut self, gradients: DeferredGradients) {
+        self.gradients.defer(gradients);
     }
 }
 

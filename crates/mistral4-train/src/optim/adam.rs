@@ -59,14 +59,14 @@ pub(super) fn fused<G: Element>(
     ParameterState { moments, master }
 }
 
-/// As [`fused`], with a gradient that is multiplied out meanwhile; returns the sum of its squares as well.
+/// As [`fused`], with a gradient that is multiplied out meanwhile.
 pub(super) fn deferred(
     hyper: &AdamW,
     step: u64,
     state: ParameterState,
     values: Values<'_>,
     gradient: &DeferredGradient,
-) -> (ParameterState, f64) {
+) -> ParameterState {
     let ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master } = state else {
         unreachable!("other moments are not stepped by products")
     };
@@ -74,13 +74,13 @@ pub(super) fn deferred(
     let (mut moments, mut master) =
         ([exp_avg.into_data(), exp_avg_sq.into_data()], master.map(Tensor::into_data));
     let param = Param::of(values, master.as_mut());
-    let squares = match dtype {
+    match dtype {
         DType::BF16 => deferred_float::<bf16>(hyper, step, param, gradient, &mut moments),
         _ => deferred_float::<f32>(hyper, step, param, gradient, &mut moments),
-    };
+    }
     let [exp_avg, exp_avg_sq] = moments.map(|data| Tensor::from_data(data, (&device, dtype)));
     let master = master.map(|data| Tensor::from_data(data, (&device, DType::F32)));
-    (ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master }, squares)
+    ParameterState { moments: Moments::Float { exp_avg, exp_avg_sq }, master }
 }
 
 fn deferred_float<S: Element + BurnElement>(
@@ -89,17 +89,17 @@ fn deferred_float<S: Element + BurnElement>(
     param: Param<'_>,
     gradient: &DeferredGradient,
     [exp_avg, exp_avg_sq]: &mut [TensorData; 2],
-) -> f64 {
+) {
     let (exp_avg, exp_avg_sq) = (slice::<S>(exp_avg), slice::<S>(exp_avg_sq));
     match param {
         Param::F32(param) => {
-            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq })
+            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq });
         }
         Param::Bf16(param) => {
-            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq })
+            gradient.step(hyper, step, AdamWWeight { param, rounded: None, exp_avg, exp_avg_sq });
         }
         Param::Master(param, rounded) => {
-            gradient.step(hyper, step, AdamWWeight { param, rounded: Some(rounded), exp_avg, exp_avg_sq })
+            gradient.step(hyper, step, AdamWWeight { param, rounded: Some(rounded), exp_avg, exp_avg_sq });
         }
     }
 }

@@ -8,11 +8,11 @@ mod state;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::bf16;
 use mistral4::model::Mistral4;
-use mistral4::ops;
+use mistral4::ops::{self, DeferredGradient};
 use mistral4::weights::is_adapter;
 use mistral4_kernels::AdamW;
 
-use crate::backward::{DeferredGradients, Gradients};
+use crate::backward::Gradients;
 use crate::error::{Error, Result};
 use crate::recipe::{OptimizerConfig, OptimizerKind, StateDtype};
 pub use spread::Spread;
@@ -147,43 +147,37 @@ impl Optimizer {
 
     /// Moves the parameters that have a gradient in the step that was begun, and uses these gradients up.
     pub fn apply(&mut self, model: Mistral4, gradients: &mut Gradients, factors: StepFactors) -> Mistral4 {
-        model.map_parameters(|key, shape, values| match gradients.take(key) {
-            Some(gradient) => self.update(key, shape, values, gradient, factors),
-            None => values,
+        model.map_parameters(|key, shape, values| {
+            if let Some(gradient) = gradients.take(key) {
+                self.update(key, shape, values, gradient, factors)
+            } else if let Some(gradient) = gradients.take_deferred(key) {
+                self.update_deferred(key, shape, values, &gradient, factors)
+            } else {
+                values
+            }
         })
     }
 
-    /// Moves the parameters whose gradients are products, in the step that was begun, while these are multiplied out; returns the
-    /// sum of the gradients' squares.
-    ///
-    /// Rows whose gradient is not finite stay as they are; then the sum is not finite.
-    pub fn apply_deferred(
+    /// Moves one parameter while its gradient is multiplied out.
+    fn update_deferred(
         &mut self,
-        model: Mistral4,
-        mut gradients: DeferredGradients,
+        key: &str,
+        shape: &[usize],
+        values: Tensor<1>,
+        gradient: &DeferredGradient,
         factors: StepFactors,
-    ) -> (Mistral4, f64) {
-        if gradients.is_empty() {
-            return (model, 0.0);
-        }
-        let mut squares = 0.0;
-        let model = model.map_parameters(|key, shape, values| {
-            let Some(gradient) = gradients.remove(key) else { return values };
-            let hyper = self.hyper(Group::of(key, shape), shape, factors);
-            let state = self.take(key, values.dims()[0], &values);
-            let (device, dtype) = (values.device(), values.dtype());
-            let mut data = values.into_data();
-            let (state, more) =
-                adam::deferred(&hyper, self.state.step, state, Values::of(&mut data), &gradient);
-            squares += more;
-            self.state.parameters.insert(key.to_owned(), state);
-            Tensor::from_data(data, (&device, dtype))
-        });
-        (model, squares)
+    ) -> Tensor<1> {
+        let hyper = self.hyper(Group::of(key, shape), shape, factors);
+        let state = self.take(key, values.dims()[0], &values);
+        let (device, dtype) = (values.device(), values.dtype());
+        let mut data = values.into_data();
+        let state = adam::deferred(&hyper, self.state.step, state, Values::of(&mut data), gradient);
+        self.state.parameters.insert(key.to_owned(), state);
+        Tensor::from_data(data, (&device, dtype))
     }
 
-    /// Whether [`Optimizer::apply_deferred`] moves a parameter of this shape on `device`: Adam with float moments does, over a
-    /// parameter that is all here.
+    /// Whether a parameter of this shape on `device` moves while its gradient is multiplied out: under Adam with float moments,
+    /// if it is all here.
     pub fn takes_deferred(&self, key: &str, shape: &[usize], device: &Device) -> bool {
         ops::is_fused(device)
             && self.spread.is_none()

@@ -77,6 +77,10 @@ impl Training {
         let parts = match &self.sharding {
             None => {
                 let mut store = Whole::new(&self.setup.model, &mut gradients.parts);
+                // To what is not multiplied out, neither other micro-batches nor other ranks can add.
+                if micro_batches.len() == 1 && self.mesh.world.size() == 1 {
+                    store = store.deferring(&self.optimizer);
+                }
                 self.passes(&mut store, first, micro_batches)?
             }
             Some(sharding) => {

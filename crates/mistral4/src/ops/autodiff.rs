@@ -6,7 +6,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend, Backend};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, TensorMetadata};
 use mistral4_checkpoint::config::Activation;
 use mistral4_kernels::RouterDims;
 
@@ -24,6 +24,18 @@ pub(super) struct MoeInputs<B: Backend> {
     pub(super) down: FloatTensor<B>,
     pub(super) activation: Activation,
     pub(super) deferral: Deferral,
+}
+
+impl<B: Backend> MoeInputs<B> {
+    /// Whether the gradients of the weights shall leave the backward pass as products.
+    fn defers(&self) -> bool {
+        let [_, both, hidden] = self.gate_up.shape().dims();
+        let slots = self.indices.shape().num_elements();
+        // Rows of both weights' factors: gradients of gate and up with the token, of the output with what is inside.
+        let factors = slots * (both + hidden + hidden + both / 2);
+        let elements = self.gate_up.shape().num_elements() + self.down.shape().num_elements();
+        self.deferral.wants(factors, elements)
+    }
 }
 
 /// Inputs of [`FusedOps::moe_experts`], and the gates and ups on the way, kept for its backward pass.
@@ -312,7 +324,7 @@ impl<B: BackwardKernels> Backward<B, 4> for MoeExperts {
         let parents = ops.parents.map(|p| p.map(|p| p.id));
         let want: [bool; 4] = parents.map(|parent| parent.is_some());
         let [x, weights, gate_up, down] = want;
-        if gate_up && down && ops.state.inputs.deferral.is_open() {
+        if gate_up && down && ops.state.inputs.defers() {
             let gradients = B::moe_experts_backward_deferring(ops.state, dout, [x, weights]);
             return register::<B, 2>([parents[0], parents[1]], gradients, grads);
         }

@@ -6,7 +6,7 @@ use half::bf16;
 use mistral4_kernels as kernels;
 
 /// Where the backward pass of a layer's experts leaves the gradients of their weights as products while somebody waits for
-/// them here; otherwise it multiplies them out. Clones are one place.
+/// them here, if the factors are much smaller; otherwise it multiplies them out. Clones are one place.
 ///
 /// The kernels of the CPU use it; elsewhere it stays empty.
 #[derive(Debug, Clone, Default)]
@@ -52,8 +52,12 @@ impl Deferral {
         }
     }
 
-    pub(super) fn is_open(&self) -> bool {
-        matches!(*self.0.lock().unwrap_or_else(PoisonError::into_inner), Place::Open)
+    /// Whether gradients of so many `elements` shall come as products of factors of so many.
+    pub(super) fn wants(&self, factors: usize, elements: usize) -> bool {
+        // With as many rows an expert as to make factors large, multiplying out is most of the work, and the norm of a
+        // product costs as much as the product.
+        let are_small = 2 * factors <= elements;
+        are_small && matches!(*self.0.lock().unwrap_or_else(PoisonError::into_inner), Place::Open)
     }
 
     pub(super) fn fill(&self, gradients: ExpertGradients) {
@@ -66,9 +70,7 @@ impl Deferral {
 }
 
 impl DeferredGradient {
-    /// Adam step `step` (counted from 1) on the weight; returns the sum of the gradient's squares.
-    ///
-    /// Rows of the weight whose gradient is not finite stay as they are; then the sum is not finite.
+    /// Adam step `step` (counted from 1) on the weight.
     ///
     /// # Panics
     /// When a slice of `weight` has another length than the gradient, or `step` is 0.
@@ -77,10 +79,18 @@ impl DeferredGradient {
         hyper: &kernels::AdamW,
         step: u64,
         weight: kernels::AdamWWeight<'_, V, S>,
-    ) -> f64 {
+    ) {
         match self {
             DeferredGradient::F32(gradient) => gradient.step(hyper, step, weight),
             DeferredGradient::Bf16(gradient) => gradient.step(hyper, step, weight),
+        }
+    }
+
+    /// Sum of the gradient's squares.
+    pub fn square(&self) -> f64 {
+        match self {
+            DeferredGradient::F32(gradient) => gradient.square(),
+            DeferredGradient::Bf16(gradient) => gradient.square(),
         }
     }
 }

@@ -10,7 +10,7 @@ use mistral4_checkpoint::config::{Config, TextConfig};
 use mistral4_checkpoint::weights::names::{self, TensorKind};
 use mistral4_checkpoint::weights::{WeightFormat, WeightQuantization};
 use mistral4_train::backward::{
-    Activations, Gradients, LabelledInputs, LossScale, forward_backward, update_in_backward,
+    Activations, Gradients, LabelledInputs, LossScale, forward_backward_for, update_in_backward,
 };
 use mistral4_train::optim::{Optimizer, StepFactors};
 use mistral4_train::recipe::{OptimizerConfig, StateDtype};
@@ -235,7 +235,7 @@ impl Runner<'_> {
             update_in_backward(model, &batch, scale, Activations::Kept, optimizer, factors)?.0
         } else {
             let mut gradients = Gradients::default();
-            forward_backward(&model, &batch, scale, Activations::Kept, &mut gradients)?;
+            forward_backward_for(optimizer, &model, &batch, scale, Activations::Kept, &mut gradients)?;
             optimizer.step(model, gradients, factors)
         };
         self.model = Some(model);
