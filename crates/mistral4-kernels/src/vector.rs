@@ -29,11 +29,14 @@ macro_rules! per_isa {
                 }
             }
             let _ = isa;
-            $body::<$($($g,)*)? false>($($arg),*)
+            $body::<$($($g,)*)? { $crate::vector::BASELINE_FMA }>($($arg),*)
         }
     };
 }
 pub(crate) use per_isa;
+
+/// Whether the compilation target itself has fused multiply-add.
+pub(crate) const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
 /// Independent partial sums of a reduction: as wide as two AVX-512 registers, whatever the instruction set.
 pub(crate) const LANES: usize = 32;
