@@ -202,27 +202,23 @@ fn experts(c: &mut Criterion) {
                     b.iter(|| moe_experts_keeping(&input, &mut kept, &mut out));
                 });
                 group.throughput(Throughput::Elements(2 * products * 2));
+                let mut backward = |dgate_up: &mut [bf16], ddown: &mut [bf16]| {
+                    let (x_grad, weights) = (Some(&mut dx[..]), Some(&mut dweights[..]));
+                    let (gate_up, down) = (Some(dgate_up), Some(ddown));
+                    moe_experts_backward(
+                        &input,
+                        &kept,
+                        &x,
+                        ExpertGrads { x: x_grad, weights, gate_up, down },
+                    );
+                };
                 group.bench_function(BenchmarkId::new(format!("backward/{size}"), tokens), |b| {
-                    b.iter(|| {
-                        let grads = ExpertGrads {
-                            x: Some(&mut dx[..]),
-                            weights: Some(&mut dweights[..]),
-                            gate_up: Some(&mut dgate_up[..]),
-                            down: Some(&mut ddown[..]),
-                        };
-                        moe_experts_backward(&input, &kept, &x, grads);
-                    });
+                    b.iter(|| backward(&mut dgate_up, &mut ddown));
                 });
                 let [mut gate_up_state, mut down_state] = [&gate_up, &down].map(|w| State::of(w));
                 group.bench_function(BenchmarkId::new(format!("backward, then step/{size}"), tokens), |b| {
                     b.iter(|| {
-                        let grads = ExpertGrads {
-                            x: Some(&mut dx[..]),
-                            weights: Some(&mut dweights[..]),
-                            gate_up: Some(&mut dgate_up[..]),
-                            down: Some(&mut ddown[..]),
-                        };
-                        moe_experts_backward(&input, &kept, &x, grads);
+                        backward(&mut dgate_up, &mut ddown);
                         for (state, grad) in [(&mut gate_up_state, &dgate_up), (&mut down_state, &ddown)] {
                             let AdamWWeight { param, exp_avg, exp_avg_sq, .. } = state.weight();
                             adamw_step(&HYPER, 3, AdamWState { param, grad: &grad[..], exp_avg, exp_avg_sq });

@@ -1,7 +1,8 @@
 //! Routed experts against the plain twin.
+use crate::optimizer::HYPER;
 use crate::support::{Random, assert_close, on_each_isa, poison, tolerance};
 use mistral4_kernels::{
-    Activation, AdamW, AdamWState, AdamWWeight, DeferredGradient, Element, ExpertDims, ExpertGrads, Experts,
+    Activation, AdamWState, AdamWWeight, DeferredGradient, Element, ExpertDims, ExpertGrads, Experts,
     GemmDims, GroupedLinearDims, Index, Matrix, MatrixMut, adamw_step, bf16, grouped_linear,
     grouped_linear_backward_input, grouped_linear_backward_weight, moe_experts, moe_experts_backward,
     moe_experts_backward_deferring, moe_experts_keeping, reference,
@@ -166,16 +167,6 @@ impl<V: Element, S: Element> Weight<V, S> {
         }
     }
 }
-
-const HYPER: AdamW = AdamW {
-    lr: 1e-2,
-    beta1: 0.9,
-    beta2: 0.95,
-    eps: 1e-8,
-    weight_decay: 0.1,
-    decoupled_weight_decay: true,
-    grad_scale: 0.5,
-};
 
 /// A weight that moves while its gradient is multiplied out ends where the written gradient would move it.
 fn steps_with_products<X: Element + PartialEq, S: Element + PartialEq>(with_rounded: bool) {

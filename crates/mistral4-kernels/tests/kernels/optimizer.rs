@@ -5,7 +5,7 @@ use mistral4_kernels::{
     adamw_step_8bit, adamw_step_master, bf16, reference, scale, sum_of_squares,
 };
 
-const HYPER: AdamW = AdamW {
+pub(crate) const HYPER: AdamW = AdamW {
     lr: 3e-3,
     beta1: 0.9,
     beta2: 0.95,
