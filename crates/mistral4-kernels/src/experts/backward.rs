@@ -2,7 +2,7 @@
 use super::deferred::DeferredGradient;
 use super::forward::{activate, gelu_tanh_argument, scatter};
 use super::groups::Groups;
-use super::weights::SortedRows;
+use super::sorted_rows::SortedRows;
 use super::{Activation, ExpertDims, Experts};
 use crate::element::{Element, Index};
 use crate::gemm::{Bf16Pair, NR, Panel, Stretch, Target, pack_rows, pairs, panels, task_columns, write_rows};
@@ -55,6 +55,9 @@ pub fn moe_experts_backward<X: Element, W: Element, I: Index>(
 }
 
 /// As [`moe_experts_backward`], but gives the gradients of gate and up and of down as products.
+///
+/// # Shapes
+/// As [`moe_experts_backward`]; `dx`: `[T, D]`, `dweights`: `[T, K]`.
 ///
 /// # Panics
 /// As [`moe_experts_backward`].

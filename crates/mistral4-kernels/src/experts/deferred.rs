@@ -1,7 +1,8 @@
 //! Gradients of the experts' weights that are not multiplied out.
 use super::ExpertDims;
 use super::groups::Groups;
-use super::weights::{Sink, SortedRows, Write, weight_product};
+use super::sorted_rows::SortedRows;
+use super::weight_gradient::{Sink, Write, weight_product};
 use crate::element::Element;
 use crate::gemm::{Bf16Pair, Left, NR, Panel, Stretch, multiply_rows, pack_lanes, pairs, tiles};
 use crate::isa::Isa;

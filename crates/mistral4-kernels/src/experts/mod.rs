@@ -11,7 +11,8 @@ mod gated;
 mod grouped;
 mod groups;
 mod packed;
-mod weights;
+mod sorted_rows;
+mod weight_gradient;
 
 pub use backward::{ExpertGrads, moe_experts_backward, moe_experts_backward_deferring};
 pub use deferred::DeferredGradient;
@@ -23,7 +24,7 @@ pub use grouped::{
 };
 pub(crate) use groups::Groups;
 pub use packed::{PackedExperts, packed_experts};
-pub(crate) use weights::{Block, Sink};
+pub(crate) use weight_gradient::{Block, Sink};
 
 use crate::element::{Element, Index};
 use forward::Tokens;

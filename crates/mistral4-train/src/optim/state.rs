@@ -206,42 +206,69 @@ impl ParameterState {
 
     /// Whether this configuration keeps Adam's moments of a parameter of this whole shape in f32 or bf16.
     pub(super) fn has_float_moments(config: &OptimizerConfig, key: &str, shape: &[usize]) -> bool {
-        let is_muons = config.muon.is_some() && Group::of(key, shape) == Group::Matrix;
-        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
-        !is_muons && (config.state_dtype != StateDtype::Int8 || is_small)
+        matches!(Kind::of(config, key, shape), Kind::F32 | Kind::Bf16)
     }
 
     /// What [`ParameterState::kind`] says of a state that this configuration makes for a parameter of this whole shape.
     pub fn expected_kind(config: &OptimizerConfig, key: &str, shape: &[usize]) -> &'static str {
-        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
-        match config.state_dtype {
-            _ if config.muon.is_some() && Group::of(key, shape) == Group::Matrix => "Muon's momentum",
-            StateDtype::F32 => "f32 moments",
-            StateDtype::Bf16 => "bf16 moments",
-            StateDtype::Int8 if is_small => "f32 moments",
-            StateDtype::Int8 => "8-bit moments",
-        }
+        Kind::of(config, key, shape).words()
     }
 
     /// Bytes that a state of this configuration takes for each value of a parameter of this whole shape.
     pub fn expected_bytes(config: &OptimizerConfig, key: &str, shape: &[usize], is_bf16: bool) -> f64 {
-        let is_small = shape.iter().product::<usize>() < config.min_8bit_size;
-        let moments = match config.state_dtype {
-            _ if config.muon.is_some() && Group::of(key, shape) == Group::Matrix => 4.0,
-            StateDtype::Bf16 => 4.0,
-            StateDtype::Int8 if !is_small => 2.0 * (1.0 + 4.0 / BLOCK_8BIT as f64),
-            StateDtype::F32 | StateDtype::Int8 => 8.0,
+        let moments = match Kind::of(config, key, shape) {
+            Kind::Momentum | Kind::Bf16 => 4.0,
+            Kind::Int8 => 2.0 * (1.0 + 4.0 / BLOCK_8BIT as f64),
+            Kind::F32 => 8.0,
         };
         moments + if is_bf16 && config.master_weights { 4.0 } else { 0.0 }
     }
 
     /// What kind of state this is, in words, to compare with another.
     pub fn kind(&self) -> &'static str {
-        match &self.moments {
-            Moments::Float { exp_avg, .. } if exp_avg.dtype() == DType::BF16 => "bf16 moments",
-            Moments::Float { .. } => "f32 moments",
-            Moments::Int8 { .. } => "8-bit moments",
-            Moments::Momentum(_) => "Muon's momentum",
+        let kind = match &self.moments {
+            Moments::Float { exp_avg, .. } if exp_avg.dtype() == DType::BF16 => Kind::Bf16,
+            Moments::Float { .. } => Kind::F32,
+            Moments::Int8 { .. } => Kind::Int8,
+            Moments::Momentum(_) => Kind::Momentum,
+        };
+        kind.words()
+    }
+}
+
+/// What is remembered of a gradient.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    F32,
+    Bf16,
+    Int8,
+    Momentum,
+}
+
+impl Kind {
+    /// Of a parameter of this whole shape.
+    fn of(config: &OptimizerConfig, key: &str, shape: &[usize]) -> Self {
+        if config.muon.is_some() && Group::of(key, shape) == Group::Matrix {
+            return Kind::Momentum;
+        }
+        Self::of_adam(config, shape.iter().product())
+    }
+
+    /// Under Adam, of a parameter of `elements` values.
+    fn of_adam(config: &OptimizerConfig, elements: usize) -> Self {
+        match config.state_dtype {
+            StateDtype::Bf16 => Kind::Bf16,
+            StateDtype::Int8 if elements >= config.min_8bit_size => Kind::Int8,
+            StateDtype::F32 | StateDtype::Int8 => Kind::F32,
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Kind::F32 => "f32 moments",
+            Kind::Bf16 => "bf16 moments",
+            Kind::Int8 => "8-bit moments",
+            Kind::Momentum => "Muon's momentum",
         }
     }
 }
@@ -249,16 +276,16 @@ impl ParameterState {
 impl Moments {
     /// Those of `count` values of a parameter of `elements` values.
     fn zeros(config: &OptimizerConfig, elements: usize, count: usize, device: &Device) -> Self {
-        let dtype = match config.state_dtype {
-            StateDtype::Int8 if elements >= config.min_8bit_size => {
+        let dtype = match Kind::of_adam(config, elements) {
+            Kind::Int8 => {
                 let (exp_avg, exp_avg_sq) = (
                     Quantized::zeros(DynamicMap::Signed, count, device),
                     Quantized::zeros(DynamicMap::Unsigned, count, device),
                 );
                 return Moments::Int8 { exp_avg, exp_avg_sq };
             }
-            StateDtype::Bf16 => DType::BF16,
-            StateDtype::F32 | StateDtype::Int8 => DType::F32,
+            Kind::Bf16 => DType::BF16,
+            Kind::F32 | Kind::Momentum => DType::F32,
         };
         let zeros = || Tensor::zeros([count], (device, dtype));
         Moments::Float { exp_avg: zeros(), exp_avg_sq: zeros() }

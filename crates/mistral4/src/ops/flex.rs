@@ -12,9 +12,10 @@ use mistral4_checkpoint::config::Activation;
 use mistral4_kernels as kernels;
 
 use super::activation::kernel_activation;
-use super::autodiff::{BackwardKernels, MoeInputs};
+use super::autodiff::BackwardKernels;
 use super::extension::FusedOps;
 use super::packed::PackedWeight;
+use super::saved::MoeInputs;
 use super::{AttentionSpec, Deferral, MlaSpec, RopeSpec, TokenLossScale};
 
 type F = FloatTensor<Flex>;

@@ -15,6 +15,8 @@ mod extension;
 mod flex;
 pub mod packed;
 pub mod quantized;
+#[cfg(feature = "flex")]
+mod saved;
 
 #[cfg(all(test, feature = "flex"))]
 mod tests;

@@ -12,9 +12,8 @@ use super::{
     rope_dims, slice, tensor, with_contiguous_rows, with_ints,
 };
 use crate::ops::activation::kernel_activation;
-use crate::ops::autodiff::{
-    AttentionSaved, BackwardKernels, LossAndGradients, MlaSaved, MoeInputs, MoeSaved, RmsNormSaved,
-};
+use crate::ops::autodiff::{BackwardKernels, LossAndGradients};
+use crate::ops::saved::{AttentionSaved, MlaSaved, MoeInputs, MoeSaved, RmsNormSaved};
 use crate::ops::{AttentionSpec, ExpertGradients, MlaSpec, RopeSpec, TokenLossScale};
 
 impl BackwardKernels for Flex {
